@@ -1,0 +1,219 @@
+//! What the engine needs of a guest at the source, of a host at the target, and of the record of who owns the guest.
+//!
+//! `vmm` implements these traits over KVM; the tests implement them over plain memory.
+
+use crate::ledger::DirtyLedger;
+use crate::region::{PageRun, RamRegion};
+use crate::wire::Mode;
+use std::error::Error;
+use thiserror::Error;
+use uuid::Uuid;
+use vm_memory::VolatileSlice;
+
+/// Access to guest memory, at either end.
+pub trait GuestPages {
+    /// Why memory, or the guest, did not do what was asked.
+    type Error: Error + Send + Sync + 'static;
+
+    /// The memory of a run of pages, which lies within the guest's regions.
+    ///
+    /// # Errors
+    /// If there is no such memory.
+    fn slice(&self, run: PageRun) -> Result<VolatileSlice<'_>, Self::Error>;
+
+    /// How many pages at the start of the run the host has never backed with memory, so that they are zero and need not
+    /// be read (reading would back them). 0 where the host does not know.
+    fn leading_hole(&self, run: PageRun) -> u32;
+}
+
+/// Why a guest, its host or its record did not do what was asked, whatever type the implementation has for it.
+pub type HostError = Box<dyn Error + Send + Sync>;
+
+#[derive(Debug, Error)]
+#[error("Memory of {} bytes was given for {} pages from page {} of region {}", found, run.pages, run.first, run.region)]
+struct WrongLength {
+    run: PageRun,
+    found: usize,
+}
+
+/// The memory of a run, certainly of the run's length.
+pub(crate) fn exact_slice<G: GuestPages>(guest: &G, run: PageRun) -> Result<VolatileSlice<'_>, HostError> {
+    let slice = guest.slice(run)?;
+    if slice.len() == run.bytes() { Ok(slice) } else { Err(WrongLength { run, found: slice.len() }.into()) }
+}
+
+/// What the target must know of a guest before it can take it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Description {
+    /// The guest's identity.
+    pub vm: Uuid,
+    /// Its memory; [`RegionId`](crate::RegionId)s are indices into this list.
+    pub regions: Vec<RamRegion>,
+    /// The machine, in JSON that the engine does not look into; at most
+    /// [`MAX_MACHINE`](crate::wire::MAX_MACHINE) bytes.
+    pub machine: Vec<u8>,
+}
+
+/// A running guest that is to leave.
+///
+/// Calls come in pairs of a step and its way back: `start_dirty_log`/`stop_dirty_log`, `pause`/`resume`,
+/// `release`/`reacquire`, `record_given_away`/`record_kept`. When a migration fails, the engine calls the way back of
+/// every step it has *tried*, last first; so a way back must also undo a step that failed halfway.
+pub trait SourceGuest: GuestPages {
+    /// Describes the guest. Called first, while it runs.
+    ///
+    /// # Errors
+    /// If the guest cannot be migrated at present.
+    fn describe(&self) -> Result<Description, Self::Error>;
+
+    /// Begins to log changed pages. The engine takes every page as changed at that moment.
+    ///
+    /// # Errors
+    /// If the host refuses.
+    fn start_dirty_log(&mut self) -> Result<(), Self::Error>;
+
+    /// Marks every page that changed since the last harvest, whoever wrote it (the guest, this process, vhost), and
+    /// clears the log before it returns: a page that changes from now on is in the next harvest.
+    ///
+    /// # Errors
+    /// If the log cannot be read.
+    fn harvest_dirty(&mut self, ledger: &mut DirtyLedger) -> Result<(), Self::Error>;
+
+    /// Ends the logging.
+    ///
+    /// # Errors
+    /// If the host refuses.
+    fn stop_dirty_log(&mut self) -> Result<(), Self::Error>;
+
+    /// Stops vCPUs and drains devices. When it returns, only [`save`](Self::save) may still change guest memory.
+    ///
+    /// # Errors
+    /// If something does not stop in time.
+    fn pause(&mut self) -> Result<(), Self::Error>;
+
+    /// Captures the state of vCPUs, chips and devices. It may touch guest memory; the engine harvests afterwards.
+    ///
+    /// # Errors
+    /// If a piece of state cannot be read.
+    fn save(&mut self) -> Result<Vec<u8>, Self::Error>;
+
+    /// Gives up what only one host may hold, such as locks of disk images, after making writes durable.
+    ///
+    /// # Errors
+    /// If something cannot be given up.
+    fn release(&mut self) -> Result<(), Self::Error>;
+
+    /// Takes back what `release` gave up. The target may still hold it for a moment: the engine tries repeatedly.
+    ///
+    /// # Errors
+    /// If something is still held elsewhere.
+    fn reacquire(&mut self) -> Result<(), Self::Error>;
+
+    /// Records durably that the guest is given away. The engine sends `Go` right after.
+    ///
+    /// # Errors
+    /// If the record is not certainly durable.
+    fn record_given_away(&mut self, session: Uuid) -> Result<(), Self::Error>;
+
+    /// Records durably that the guest stayed here after all.
+    ///
+    /// # Errors
+    /// If the record is not certainly durable; the guest stays paused then.
+    fn record_kept(&mut self, session: Uuid) -> Result<(), Self::Error>;
+
+    /// Brings the guest back to the run state it had before `pause`.
+    ///
+    /// # Errors
+    /// If the guest cannot run.
+    fn resume(&mut self) -> Result<(), Self::Error>;
+}
+
+/// What the source offers.
+#[derive(Debug, Clone, Copy)]
+pub struct Offer<'a> {
+    /// The migration session.
+    pub session: Uuid,
+    /// The guest's identity.
+    pub vm: Uuid,
+    /// Whether the guest runs while its memory moves.
+    pub mode: Mode,
+    /// The build of the source's engine, for messages.
+    pub build: &'a str,
+    /// The guest's memory.
+    pub regions: &'a [RamRegion],
+    /// The machine in JSON, untrusted.
+    pub machine: &'a [u8],
+}
+
+/// A target's "no", in words that reach the person at the source.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[error("{reason}")]
+pub struct Refusal {
+    /// Why, and what would help.
+    pub reason: String,
+}
+
+impl Refusal {
+    /// Refuses with these words.
+    pub fn new(reason: impl Into<String>) -> Self {
+        Self { reason: reason.into() }
+    }
+}
+
+/// A host that is to receive one guest.
+pub trait TargetHost: GuestPages {
+    /// Checks the offer and builds the machine, with all its memory zero and in no vCPU running.
+    ///
+    /// # Errors
+    /// The refusal that the source is told.
+    fn prepare(&mut self, offer: &Offer<'_>) -> Result<(), Refusal>;
+
+    /// The memory that [`prepare`](Self::prepare) made.
+    fn regions(&self) -> Vec<RamRegion>;
+
+    /// Restores the saved state and takes what only one host may hold. All that can fail must fail here: when this
+    /// returns, `run` only has to let go.
+    ///
+    /// # Errors
+    /// If the state does not fit this host.
+    fn restore(&mut self, state: &[u8]) -> Result<(), Self::Error>;
+
+    /// Lets the guest run. Called once at most, after the claim to it was recorded.
+    ///
+    /// # Errors
+    /// If it does not run; the guest is this host's nevertheless.
+    fn run(&mut self) -> Result<(), Self::Error>;
+
+    /// The migration has failed; the guest will not come. Undoes `prepare`, which was called, though it may have refused,
+    /// and `restore`, which may have been called, or have failed.
+    fn abandon(&mut self, reason: &str);
+}
+
+/// Whose a guest is, as the target says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Claim {
+    /// The target took the guest over.
+    Mine,
+    /// The target did not take it over, and never will in this session.
+    NotMine,
+}
+
+/// The target's record of the sessions it has decided. What makes two owners impossible when `Go` and a question about
+/// it overtake each other is that the first claim of a session stands.
+///
+/// `Mine` must survive a crash of the host; `NotMine` need only last as long as the process, because a link dies with it
+/// and `Go` with the link.
+pub trait Claims {
+    /// Why the record could not be kept.
+    type Error: Error + Send + Sync + 'static;
+
+    /// The identity of this record, which a question must name: another host, or another record on this one, knows
+    /// nothing about a session and must not answer.
+    fn identity(&self) -> Uuid;
+
+    /// Records `claim` for the session unless it already has one; returns the one that stands. Atomic among threads.
+    ///
+    /// # Errors
+    /// If it is not certain which claim stands.
+    fn claim(&self, session: Uuid, claim: Claim) -> Result<Claim, Self::Error>;
+}

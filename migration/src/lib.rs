@@ -1,0 +1,47 @@
+//! The migration engine: moves a guest's memory, state and *ownership* from one host to another.
+//!
+//! It knows no KVM and no sockets. A guest comes as a [`SourceGuest`], the place it goes to as a [`TargetHost`] with its
+//! record of [`Claims`], and what is between them as a [`Link`]; the clock and the onlooker are traits too. So all of it
+//! runs in plain unit tests, with a fault at every frame.
+//!
+//! - [`source::run`] drives a migration out, and says who owns the guest now.
+//! - [`target::receive`] serves one incoming link.
+//! - [`wire`] has the frames, [`ledger`] the dirty pages, [`convergence`] the decision to pause, [`report`] the results.
+//!
+//! The invariant above all others: at most one host runs the guest, whatever is lost, killed or delayed in between.
+
+pub mod cancel;
+pub mod clock;
+pub mod convergence;
+pub mod guest;
+pub mod ledger;
+pub mod link;
+pub mod progress;
+pub mod region;
+pub mod report;
+pub mod source;
+pub mod target;
+pub mod wire;
+
+mod batch;
+mod channel;
+mod digest;
+mod zero;
+
+#[cfg(test)]
+mod pair;
+
+pub use cancel::CancelToken;
+pub use channel::in_words;
+pub use clock::{Clock, HostClock};
+pub use convergence::{Goal, SwitchReason, Unreachable};
+pub use digest::TranscriptDigest;
+pub use guest::{Claim, Claims, Description, GuestPages, HostError, Offer, Refusal, SourceGuest, TargetHost};
+pub use ledger::DirtyLedger;
+pub use link::{Link, LinkError};
+pub use progress::{Moved, Observer, Phase, Progress, Unobserved};
+pub use region::{MAX_REGION_PAGES, MAX_REGIONS, PAGE_SIZE, PageIndex, PageRun, RamRegion, RegionId, total_pages};
+pub use report::{Ending, PhaseReport, Report, Role, RoundReport};
+pub use source::{Failed, InDoubt, Outcome, Owner, Plan, SourceError, Surroundings};
+pub use target::{Arrival, Fault, Reception};
+pub use wire::Mode;

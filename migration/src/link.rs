@@ -1,0 +1,69 @@
+//! The link between two ends of a migration: an ordered, reliable stream of bytes, as the engine wants it.
+//!
+//! `vmm` implements it over sockets; tests implement it in memory, with faults. The engine hands guest pages over as
+//! [`VolatileSlice`]s, so that an implementation can move them between guest memory and the kernel without a copy.
+
+use std::io;
+use std::time::Duration;
+use thiserror::Error;
+use vm_memory::VolatileSlice;
+
+/// One end of a connection to the other end of a migration.
+///
+/// Every call handles short reads and writes itself: it moves all bytes or fails. A read of 0 bytes from the operating
+/// system is [`LinkError::Closed`], never "nothing yet". After an error the link is only good for being dropped, except
+/// that what the peer had sent before may still be received.
+pub trait Link {
+    /// Sends `head` and then the bytes of each of `payload`, in order, as if they were one buffer. There are at most
+    /// [`MAX_RECORDS`](crate::wire::MAX_RECORDS) slices, which fits one gathering write of Linux (`IOV_MAX`).
+    ///
+    /// # Errors
+    /// [`LinkError`]; any part of the bytes may have been sent then.
+    fn send(&mut self, head: &[u8], payload: &[VolatileSlice<'_>]) -> Result<(), LinkError>;
+
+    /// Receives exactly as many bytes as `buffer` has.
+    ///
+    /// # Errors
+    /// [`LinkError`]; what `buffer` holds then is of no use.
+    fn receive(&mut self, buffer: &mut [u8]) -> Result<(), LinkError>;
+
+    /// Receives exactly as many bytes as `slices` have together, into them, in order.
+    ///
+    /// # Errors
+    /// [`LinkError`]; the slices may be written in part then.
+    fn receive_pages(&mut self, slices: &[VolatileSlice<'_>]) -> Result<(), LinkError>;
+
+    /// Waits until [`receive`](Self::receive) would find a byte or the end, for at most `limit`, which may be zero;
+    /// `false` if it found neither. Takes no byte out.
+    ///
+    /// # Errors
+    /// [`LinkError::Io`] if waiting itself fails.
+    fn wait(&mut self, limit: Duration) -> Result<bool, LinkError>;
+
+    /// Sets how long a send or receive may go without moving a single byte before it is [`LinkError::TimedOut`].
+    /// Called often, so it should cost nothing.
+    fn set_patience(&mut self, limit: Duration);
+
+    /// The time a byte and its answer need, if the link knows it.
+    fn round_trip(&self) -> Option<Duration>;
+
+    /// Bytes that were sent but that the peer has not received as far as this end knows; 0 if it does not know.
+    fn in_flight(&self) -> u64;
+}
+
+/// Why a link did not do what was asked.
+#[derive(Debug, Error)]
+pub enum LinkError {
+    /// The peer ended the connection.
+    #[error("The other end closed the connection")]
+    Closed,
+    /// Nothing moved for as long as patience lasts.
+    #[error("The other end was silent for {} s", limit.as_secs_f64())]
+    TimedOut {
+        /// How long was waited.
+        limit: Duration,
+    },
+    /// The connection broke.
+    #[error("The connection broke")]
+    Io(#[from] io::Error),
+}

@@ -1,0 +1,102 @@
+//! Whole migrations in memory: a fake guest, a fake host, and a link with virtual time and bandwidth and a fault wherever
+//! a test wants one. The source runs in the test's thread and the target in another; neither ever waits for real time.
+
+mod faults;
+mod link;
+mod moves;
+mod strangers;
+pub(crate) mod world;
+
+use crate::progress::{Observer, Progress};
+use crate::source::{self, InDoubt, Outcome, Plan, Surroundings};
+use crate::target::{Arrival, Fault, Reception, receive};
+use crate::{CancelToken, Goal, Mode};
+use link::{End, FaultAt, VirtualClock, connect};
+use std::time::Duration;
+use world::{FakeGuest, FakeHost, MemoryClaims, World};
+
+/// An onlooker that remembers.
+#[derive(Debug, Default)]
+pub(super) struct Diary(pub(super) Vec<Progress>);
+
+impl Observer for Diary {
+    fn on(&mut self, news: Progress) {
+        self.0.push(news);
+    }
+}
+
+/// What a migration is to meet with.
+#[derive(Debug, Default)]
+pub(super) struct Weather {
+    pub(super) faults: Vec<FaultAt>,
+    pub(super) cancel_at: Option<usize>,
+    pub(super) round_trip: Option<Duration>,
+}
+
+/// What became of one attempt.
+pub(super) struct Attempt {
+    pub(super) outcome: Outcome<FakeGuest>,
+    pub(super) arrival: Result<Arrival, Fault>,
+    pub(super) source_diary: Diary,
+    pub(super) target_diary: Diary,
+    /// Frames that the source and the target have tried to send.
+    pub(super) frames: [usize; 2],
+}
+
+pub(super) const PATIENCE: Duration = Duration::from_secs(30);
+
+pub(super) fn plan(mode: Mode) -> Plan {
+    Plan { goal: Goal { max_rounds: 4, ..Goal::default() }, patience: PATIENCE, ..Plan::new(mode) }
+}
+
+/// Migrates `guest` into `host` with both ends of the real engine.
+pub(super) fn migrate(
+    guest: FakeGuest,
+    host: &mut FakeHost,
+    claims: &MemoryClaims,
+    plan: &Plan,
+    weather: Weather,
+) -> Attempt {
+    let cancel = CancelToken::new();
+    let (mut near, far, clocks) = connect(weather, &cancel);
+    let [near_clock, far_clock] = clocks;
+    let mut source_diary = Diary::default();
+    let (outcome, (arrival, target_diary)) = std::thread::scope(|scope| {
+        let target = scope.spawn(move || serve(far, host, claims, far_clock));
+        let clock = near_clock;
+        let around = Surroundings { clock: &clock, cancel: &cancel, observer: &mut source_diary };
+        let outcome = source::run(guest, &mut near, plan, around);
+        near.hang_up();
+        drop(clock);
+        (outcome, target.join().unwrap())
+    });
+    let frames = near.frames();
+    Attempt { outcome, arrival, source_diary, target_diary, frames }
+}
+
+fn serve(
+    mut link: End,
+    host: &mut FakeHost,
+    claims: &MemoryClaims,
+    clock: VirtualClock,
+) -> (Result<Arrival, Fault>, Diary) {
+    let mut diary = Diary::default();
+    let around = Reception { clock: &clock, observer: &mut diary, patience: PATIENCE };
+    let arrival = receive(&mut link, host, claims, around);
+    link.hang_up();
+    drop(clock);
+    (arrival, diary)
+}
+
+/// Asks after a guest in doubt, over a link without faults.
+pub(super) fn ask(doubt: InDoubt<FakeGuest>, world: &World, claims: &MemoryClaims) -> Outcome<FakeGuest> {
+    let (mut near, far, [near_clock, far_clock]) = connect(Weather::default(), &CancelToken::new());
+    std::thread::scope(|scope| {
+        scope.spawn(move || serve(far, &mut FakeHost::refusing(world), claims, far_clock));
+        let clock = near_clock;
+        let outcome = doubt.ask(&mut near, &clock);
+        near.hang_up();
+        drop(clock);
+        outcome
+    })
+}

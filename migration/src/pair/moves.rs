@@ -1,0 +1,190 @@
+//! Migrations that meet no fault: everything arrives, in order, and both ends say the same.
+
+use super::world::{FakeGuest, FakeHost, MemoryClaims, REGIONS, STATE, World, content};
+use super::{Attempt, Diary, Weather, migrate, plan};
+use crate::source::{Outcome, SourceError};
+use crate::target::{Arrival, Fault};
+use crate::wire::{MAX_MACHINE, MAX_STATE};
+use crate::{
+    Claim, Ending, Goal, Mode, Phase, Plan, Progress, RamRegion, Report, Role, SwitchReason, Unreachable, total_pages,
+};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// A migration that went well.
+struct Success {
+    source: Report,
+    target: Report,
+    source_diary: Diary,
+    target_diary: Diary,
+    host: FakeHost,
+}
+
+/// Migrates a fresh guest and checks what must hold after every success.
+fn moves(plan: &Plan, busy: u32, weather: Weather) -> Success {
+    let (world, claims) = (World::new(), MemoryClaims::default());
+    let guest = FakeGuest { busy, ..FakeGuest::new(&world) };
+    let (before, mut host) = (Arc::clone(&guest.memory), FakeHost::new(&world));
+    let Attempt { outcome, arrival, source_diary, target_diary, frames: _ } =
+        migrate(guest, &mut host, &claims, plan, weather);
+    let Outcome::HandedOver(source) = outcome else { panic!("{outcome:?}") };
+    let Ok(Arrival::Running(target)) = arrival else { panic!("{arrival:?}") };
+    assert!(content(&before) == content(&host.memory), "memory differs");
+    assert_eq!(host.state.as_deref(), Some(STATE));
+    assert!(world.facts().runs_at_target && !world.facts().runs_at_source);
+    assert_eq!(claims.stand.lock().unwrap().get(&plan.session), Some(&Claim::Mine));
+    Success { source, target, source_diary, target_diary, host }
+}
+
+#[test]
+fn a_stopped_guest_moves_in_one_pass() {
+    let plan = plan(Mode::Stop);
+    let Success { source, target, source_diary, .. } = moves(&plan, 2, Weather::default());
+    assert_eq!((source.role, target.role), (Role::Source, Role::Target));
+    for report in [&source, &target] {
+        assert_eq!((report.session, report.mode), (plan.session, Mode::Stop));
+        assert_eq!(report.rounds.len(), 1);
+        assert_eq!(report.rounds[0].pages, total_pages(&REGIONS));
+        assert_eq!((report.verified, report.ending, report.forced()), (None, Ending::HandedOver, false));
+    }
+    assert_eq!(source.rounds[0].zero_pages, target.rounds[0].zero_pages);
+    assert!(source.downtime_ms.unwrap() > target.downtime_ms.unwrap());
+    let phases: Vec<Phase> = source.phases.iter().map(|phase| phase.phase).collect();
+    use Phase::{HandingOver, LastPages, Offering, Pausing, Restoring, Rounds};
+    assert_eq!(phases, [Offering, Pausing, LastPages, Restoring, HandingOver]);
+    assert_eq!(
+        target.phases.iter().map(|phase| phase.phase).collect::<Vec<_>>(),
+        [Offering, Rounds, Restoring, HandingOver]
+    );
+    assert!(source_diary.0.iter().any(|news| matches!(news, Progress::Moved(moved) if moved.pages == moved.of)));
+}
+
+#[test]
+fn a_live_guest_moves_in_rounds_while_it_writes() {
+    let Success { source, target, source_diary, target_diary, .. } = moves(&plan(Mode::Live), 2, Weather::default());
+    assert!(source.rounds.len() > 1 && source.rounds.len() == target.rounds.len());
+    assert!(source.rounds[0].dirty_at_end > 0, "the guest wrote while its memory moved");
+    assert_eq!(source.rounds.last().unwrap().dirty_at_end, 0);
+    for (sent, came) in source.rounds.iter().zip(&target.rounds) {
+        assert_eq!((sent.round, sent.pages, sent.zero_pages), (came.round, came.pages, came.zero_pages));
+    }
+    assert_eq!(source.switched, Some(SwitchReason::GoalMet));
+    assert!(source.predicted_downtime_ms.unwrap() <= 300.0 && source.bytes_per_second > 0.0);
+    let done = |diary: &Diary| diary.0.iter().filter(|news| matches!(news, Progress::RoundDone(_))).count();
+    assert_eq!(done(&source_diary), source.rounds.len());
+    assert_eq!(done(&target_diary), source.rounds.len());
+}
+
+#[test]
+fn a_goal_out_of_reach_is_forced_or_given_up() {
+    let far = || Weather { round_trip: Some(Duration::from_secs(1)), ..Weather::default() };
+    let Success { source, .. } = moves(&plan(Mode::Live), 2, far());
+    assert_eq!((source.switched, source.forced()), (Some(SwitchReason::RoundLimit), true));
+    assert_eq!(source.rounds.len(), 5, "four rounds and the last");
+    assert!(source.predicted_downtime_ms.unwrap() >= 1500.0, "one and a half round trips are in the prediction");
+
+    let mut plan = plan(Mode::Live);
+    plan.goal = Goal { unreachable: Unreachable::GiveUp, ..plan.goal };
+    let world = World::new();
+    let attempt = migrate(FakeGuest::new(&world), &mut FakeHost::new(&world), &MemoryClaims::default(), &plan, far());
+    let Outcome::StillOurs(failed) = attempt.outcome else { panic!("{:?}", attempt.outcome) };
+    assert!(matches!(failed.cause, SourceError::GoalUnreachable { round: 4, .. }), "{:?}", failed.cause);
+    assert!(!failed.guest.calls.contains(&"pause"), "the guest never noticed");
+    assert!(world.facts().runs_at_source && !world.facts().logging);
+    let Err(Fault::SourceGaveUp { reason }) = attempt.arrival else { panic!("{:?}", attempt.arrival) };
+    assert!(reason.contains("cannot be reached"), "{reason}");
+}
+
+#[test]
+fn verified_migrations_say_so() {
+    for mode in [Mode::Stop, Mode::Live] {
+        let plan = Plan { verify: true, ..plan(mode) };
+        let Success { source, target, .. } = moves(&plan, 3, Weather::default());
+        assert_eq!((source.verified, target.verified), (Some(true), Some(true)));
+    }
+}
+
+#[test]
+fn pages_that_are_zero_from_the_start_are_not_touched() {
+    let Success { host, .. } = moves(&plan(Mode::Stop), 0, Weather::default());
+    let mut touched = host.touched.borrow_mut();
+    let mut pages = 0;
+    while let Some(run) = touched.take_run(1) {
+        assert_ne!(run.first.0 % 5, 3, "page {} of region {} is zero", run.first, run.region);
+        pages += 1;
+    }
+    assert_eq!(pages, (0..560).chain(0..70).filter(|page| page % 5 != 3).count());
+}
+
+#[test]
+fn the_guest_is_led_through_its_steps_in_order() {
+    let world = World::new();
+    let guest = FakeGuest { fails: Some("record_given_away"), ..FakeGuest::new(&world) };
+    let weather = Weather::default();
+    let attempt = migrate(guest, &mut FakeHost::new(&world), &MemoryClaims::default(), &plan(Mode::Live), weather);
+    let Outcome::StillOurs(failed) = attempt.outcome else { panic!("{:?}", attempt.outcome) };
+    let mut calls = failed.guest.calls;
+    calls.dedup();
+    let there = ["start_dirty_log", "harvest_dirty", "pause", "save", "harvest_dirty", "release", "record_given_away"];
+    let back = ["record_kept", "reacquire", "resume", "stop_dirty_log"];
+    assert_eq!(calls, [there.as_slice(), back.as_slice()].concat());
+}
+
+#[test]
+fn what_does_not_fit_is_refused_before_anything_happens() {
+    let world = World::new();
+    let guests = [
+        FakeGuest { machine: vec![b' '; MAX_MACHINE + 1], ..FakeGuest::new(&world) },
+        FakeGuest { state: vec![0; MAX_STATE + 1], ..FakeGuest::new(&world) },
+    ];
+    for guest in guests {
+        let mut host = FakeHost::new(&world);
+        let attempt = migrate(guest, &mut host, &MemoryClaims::default(), &plan(Mode::Stop), Weather::default());
+        let Outcome::StillOurs(failed) = attempt.outcome else { panic!("{:?}", attempt.outcome) };
+        assert!(matches!(failed.cause, SourceError::TooLarge { .. }), "{:?}", failed.cause);
+        assert!(world.facts().runs_at_source && failed.stuck.is_none());
+    }
+}
+
+#[test]
+fn the_largest_description_and_state_fit() {
+    let world = World::new();
+    let machine = vec![b'x'; MAX_MACHINE];
+    let guest = FakeGuest { machine, state: vec![7; MAX_STATE], ..FakeGuest::new(&world) };
+    let mut host = FakeHost::new(&world);
+    let attempt = migrate(guest, &mut host, &MemoryClaims::default(), &plan(Mode::Stop), Weather::default());
+    assert!(matches!(attempt.outcome, Outcome::HandedOver(_)), "{:?}", attempt.outcome);
+    assert_eq!(host.state.unwrap(), vec![7; MAX_STATE]);
+}
+
+#[test]
+fn a_refusal_reaches_the_source_in_the_targets_words() {
+    let world = World::new();
+    let attempt = migrate(
+        FakeGuest::new(&world),
+        &mut FakeHost::refusing(&world),
+        &MemoryClaims::default(),
+        &plan(Mode::Live),
+        Weather::default(),
+    );
+    let Outcome::StillOurs(failed) = attempt.outcome else { panic!("{:?}", attempt.outcome) };
+    assert!(matches!(failed.cause, SourceError::Refused { .. }));
+    assert_eq!(
+        failed.cause.to_string(),
+        "The target refused the guest: The guest cannot run here: a guest runs here already"
+    );
+    assert!(matches!(attempt.arrival, Err(Fault::Refused(_))));
+}
+
+#[test]
+fn another_memory_layout_is_refused() {
+    let world = World::new();
+    let regions = vec![REGIONS[0], RamRegion { pages: 71, ..REGIONS[1] }];
+    let mut host = FakeHost { regions, ..FakeHost::new(&world) };
+    let attempt =
+        migrate(FakeGuest::new(&world), &mut host, &MemoryClaims::default(), &plan(Mode::Stop), Weather::default());
+    let Outcome::StillOurs(failed) = attempt.outcome else { panic!("{:?}", attempt.outcome) };
+    let reason = failed.cause.to_string();
+    assert!(reason.contains("70 pages at 0x100000000") && reason.contains("71 pages"), "{reason}");
+    assert!(host.abandoned.is_some());
+}

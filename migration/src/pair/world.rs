@@ -1,0 +1,396 @@
+//! The fake guest and the fake host, and the world that both live in: who runs the guest, who has the disk. It cries out
+//! as soon as something happens that must never happen.
+
+use crate::guest::{Claim, Claims, Description, GuestPages, Offer, Refusal, SourceGuest, TargetHost};
+use crate::ledger::DirtyLedger;
+use crate::region::{PAGE_SIZE, PageRun, RamRegion, RegionId};
+use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard};
+use thiserror::Error;
+use uuid::Uuid;
+use vm_memory::{
+    Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, MemoryRegionAddress, VolatileSlice,
+};
+
+pub(crate) const REGIONS: [RamRegion; 2] =
+    [RamRegion { start: GuestAddress(0), pages: 600 }, RamRegion { start: GuestAddress(1 << 32), pages: 70 }];
+
+/// The first page of region 0 that nobody has touched when the guest starts; from there on it is all hole.
+pub(crate) const HOLE: u64 = 560;
+
+pub(crate) const STATE: &[u8] = b"the state of vCPUs and devices";
+
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[error("{0} was made to fail")]
+pub(crate) struct Planned(&'static str);
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Holder {
+    Source,
+    Nobody,
+    Target,
+}
+
+/// What is true of the guest as a whole.
+#[derive(Debug)]
+pub(crate) struct Facts {
+    pub(crate) runs_at_source: bool,
+    pub(crate) runs_at_target: bool,
+    pub(crate) disk: Holder,
+    pub(crate) given_away: bool,
+    pub(crate) logging: bool,
+}
+
+#[derive(Debug, Clone)]
+pub(crate) struct World(Arc<Mutex<Facts>>);
+
+impl World {
+    pub(crate) fn new() -> Self {
+        let facts = Facts {
+            runs_at_source: true,
+            runs_at_target: false,
+            disk: Holder::Source,
+            given_away: false,
+            logging: false,
+        };
+        Self(Arc::new(Mutex::new(facts)))
+    }
+
+    pub(crate) fn facts(&self) -> MutexGuard<'_, Facts> {
+        self.0.lock().unwrap()
+    }
+}
+
+pub(crate) fn memory() -> GuestMemoryMmap<()> {
+    let ranges = REGIONS.map(|region| (region.start, usize::try_from(region.pages).unwrap() * PAGE_SIZE));
+    GuestMemoryMmap::from_ranges(&ranges).unwrap()
+}
+
+fn slice(memory: &GuestMemoryMmap<()>, run: PageRun) -> VolatileSlice<'_> {
+    let region = memory.iter().nth(run.region.0.into()).unwrap();
+    region.get_slice(MemoryRegionAddress(run.first.0 * PAGE_SIZE as u64), run.bytes()).unwrap()
+}
+
+/// Every byte of a memory, for comparison.
+pub(crate) fn content(memory: &GuestMemoryMmap<()>) -> Vec<u8> {
+    let mut all = Vec::new();
+    for region in memory.iter() {
+        let mut bytes = vec![0; usize::try_from(region.len()).unwrap()];
+        region.read_slice(&mut bytes, MemoryRegionAddress(0)).unwrap();
+        all.extend(bytes);
+    }
+    all
+}
+
+/// A guest that writes to its memory whenever the engine looks at it.
+#[derive(Debug)]
+pub(crate) struct FakeGuest {
+    pub(crate) world: World,
+    pub(crate) memory: Arc<GuestMemoryMmap<()>>,
+    pub(crate) vm: Uuid,
+    pub(crate) fails: Option<&'static str>,
+    /// Pages that it writes each time the engine looks at its memory.
+    pub(crate) busy: u32,
+    pub(crate) machine: Vec<u8>,
+    pub(crate) state: Vec<u8>,
+    pub(crate) calls: Vec<&'static str>,
+    pub(crate) random: Cell<u64>,
+    pub(crate) changed: RefCell<DirtyLedger>,
+    pub(crate) backed: RefCell<DirtyLedger>,
+}
+
+fn ledger() -> DirtyLedger {
+    DirtyLedger::new(&REGIONS.map(|region| region.pages))
+}
+
+impl FakeGuest {
+    pub(crate) fn new(world: &World) -> Self {
+        let guest = Self {
+            world: world.clone(),
+            memory: Arc::new(memory()),
+            vm: Uuid::from_u128(42),
+            fails: None,
+            busy: 2,
+            machine: b"{\"vcpus\":1}".to_vec(),
+            state: STATE.to_vec(),
+            calls: Vec::new(),
+            random: Cell::new(7),
+            changed: RefCell::new(ledger()),
+            backed: RefCell::new(ledger()),
+        };
+        for (region, pages) in [(0, HOLE), (1, REGIONS[1].pages)] {
+            for page in 0..pages {
+                let value = if page % 5 == 3 { 0 } else { page + 1 };
+                guest.write(region, page, value);
+            }
+        }
+        guest
+    }
+
+    /// The guest writes one page: zero all over, or a value in two places.
+    pub(crate) fn write(&self, region: u16, page: u64, value: u64) {
+        let at = PageRun { region: RegionId(region), first: crate::PageIndex(page), pages: 1 };
+        let slice = slice(&self.memory, at);
+        slice.copy_from(&[0_u8; PAGE_SIZE]);
+        slice.write_obj(value, 8).unwrap();
+        slice.write_obj(value, PAGE_SIZE - 8).unwrap();
+        self.backed.borrow_mut().mark(at.region, page);
+        if self.world.facts().logging {
+            self.changed.borrow_mut().mark(at.region, page);
+        }
+    }
+
+    fn next_random(&self, below: u64) -> u64 {
+        // xorshift64 of Marsaglia, 2003.
+        let mut x = self.random.get();
+        x ^= x << 13;
+        x ^= x >> 7;
+        x ^= x << 17;
+        self.random.set(x);
+        x % below
+    }
+
+    /// The guest does some of its own work.
+    fn work(&self, pages: u32) {
+        for _ in 0..pages {
+            let region = u16::from(self.next_random(4) == 0);
+            let page = self.next_random(REGIONS[usize::from(region)].pages);
+            let value = if self.next_random(3) == 0 { 0 } else { self.next_random(1 << 40) };
+            self.write(region, page, value);
+        }
+    }
+
+    fn may(&mut self, call: &'static str) -> Result<MutexGuard<'_, Facts>, Planned> {
+        self.calls.push(call);
+        if self.fails == Some(call) { Err(Planned(call)) } else { Ok(self.world.facts()) }
+    }
+}
+
+impl GuestPages for FakeGuest {
+    type Error = Planned;
+
+    fn slice(&self, run: PageRun) -> Result<VolatileSlice<'_>, Planned> {
+        if self.fails == Some("slice") {
+            return Err(Planned("slice"));
+        }
+        if self.world.facts().runs_at_source {
+            self.work(self.busy);
+        }
+        Ok(slice(&self.memory, run))
+    }
+
+    fn leading_hole(&self, run: PageRun) -> u32 {
+        let backed = self.backed.borrow();
+        let hole = (run.first.0..).take(run.pages as usize).take_while(|&page| !backed.is_dirty(run.region, page));
+        u32::try_from(hole.count()).unwrap()
+    }
+}
+
+impl SourceGuest for FakeGuest {
+    fn describe(&self) -> Result<Description, Planned> {
+        if self.fails == Some("describe") {
+            return Err(Planned("describe"));
+        }
+        Ok(Description { vm: self.vm, regions: REGIONS.to_vec(), machine: self.machine.clone() })
+    }
+
+    fn start_dirty_log(&mut self) -> Result<(), Planned> {
+        self.may("start_dirty_log")?.logging = true;
+        Ok(())
+    }
+
+    fn harvest_dirty(&mut self, into: &mut DirtyLedger) -> Result<(), Planned> {
+        drop(self.may("harvest_dirty")?);
+        while let Some(run) = self.changed.borrow_mut().take_run(u32::MAX) {
+            assert!(into.put_back(run));
+        }
+        Ok(())
+    }
+
+    fn stop_dirty_log(&mut self) -> Result<(), Planned> {
+        self.may("stop_dirty_log")?.logging = false;
+        Ok(())
+    }
+
+    fn pause(&mut self) -> Result<(), Planned> {
+        self.work(self.busy);
+        self.may("pause")?.runs_at_source = false;
+        Ok(())
+    }
+
+    fn save(&mut self) -> Result<Vec<u8>, Planned> {
+        assert!(!self.may("save")?.runs_at_source, "the state of a running guest is none");
+        self.work(self.busy.min(1)); // as KVM does, with the clock page
+        Ok(self.state.clone())
+    }
+
+    fn release(&mut self) -> Result<(), Planned> {
+        let mut facts = self.may("release")?;
+        assert!(!facts.runs_at_source, "a running guest needs its disk");
+        facts.disk = Holder::Nobody;
+        Ok(())
+    }
+
+    fn reacquire(&mut self) -> Result<(), Planned> {
+        let mut facts = self.may("reacquire")?;
+        if facts.disk == Holder::Target {
+            return Err(Planned("reacquire"));
+        }
+        facts.disk = Holder::Source;
+        Ok(())
+    }
+
+    fn record_given_away(&mut self, _session: Uuid) -> Result<(), Planned> {
+        self.may("record_given_away")?.given_away = true;
+        Ok(())
+    }
+
+    fn record_kept(&mut self, _session: Uuid) -> Result<(), Planned> {
+        self.may("record_kept")?.given_away = false;
+        Ok(())
+    }
+
+    fn resume(&mut self) -> Result<(), Planned> {
+        let mut facts = self.may("resume")?;
+        assert!(!facts.runs_at_target, "the guest would run twice");
+        assert!(!facts.given_away, "the guest is given away");
+        assert_eq!(facts.disk, Holder::Source, "the guest would run without its disk");
+        facts.runs_at_source = true;
+        Ok(())
+    }
+}
+
+/// A host that a guest can come to.
+#[derive(Debug)]
+pub(crate) struct FakeHost {
+    pub(crate) world: World,
+    pub(crate) memory: Arc<GuestMemoryMmap<()>>,
+    pub(crate) fails: Option<&'static str>,
+    pub(crate) refusal: Option<&'static str>,
+    pub(crate) regions: Vec<RamRegion>,
+    pub(crate) state: Option<Vec<u8>>,
+    pub(crate) prepared: bool,
+    pub(crate) abandoned: Option<String>,
+    pub(crate) touched: RefCell<DirtyLedger>,
+}
+
+impl FakeHost {
+    pub(crate) fn new(world: &World) -> Self {
+        Self {
+            world: world.clone(),
+            memory: Arc::new(memory()),
+            fails: None,
+            refusal: None,
+            regions: REGIONS.to_vec(),
+            state: None,
+            prepared: false,
+            abandoned: None,
+            touched: RefCell::new(ledger()),
+        }
+    }
+
+    pub(crate) fn refusing(world: &World) -> Self {
+        Self { refusal: Some("a guest runs here already"), ..Self::new(world) }
+    }
+
+    fn may(&self, call: &'static str) -> Result<MutexGuard<'_, Facts>, Planned> {
+        if self.fails == Some(call) { Err(Planned(call)) } else { Ok(self.world.facts()) }
+    }
+}
+
+impl GuestPages for FakeHost {
+    type Error = Planned;
+
+    fn slice(&self, run: PageRun) -> Result<VolatileSlice<'_>, Planned> {
+        drop(self.may("slice")?);
+        self.touched.borrow_mut().put_back(run);
+        Ok(slice(&self.memory, run))
+    }
+
+    fn leading_hole(&self, _run: PageRun) -> u32 {
+        0
+    }
+}
+
+impl TargetHost for FakeHost {
+    fn prepare(&mut self, _offer: &Offer<'_>) -> Result<(), Refusal> {
+        self.prepared = true;
+        match self.refusal {
+            Some(reason) => Err(Refusal::new(reason)),
+            None => Ok(()),
+        }
+    }
+
+    fn regions(&self) -> Vec<RamRegion> {
+        self.regions.clone()
+    }
+
+    fn restore(&mut self, state: &[u8]) -> Result<(), Planned> {
+        let mut facts = self.may("restore")?;
+        if facts.disk == Holder::Source {
+            // The source has given up since, and the guest may run there again.
+            return Err(Planned("taking the disk"));
+        }
+        assert!(!facts.runs_at_source, "the guest runs without its disk");
+        facts.disk = Holder::Target;
+        drop(facts);
+        self.state = Some(state.to_vec());
+        Ok(())
+    }
+
+    fn run(&mut self) -> Result<(), Planned> {
+        let mut facts = self.may("run")?;
+        assert!(!facts.runs_at_source, "the guest would run twice");
+        assert_eq!(facts.disk, Holder::Target, "the guest would run without its disk");
+        facts.runs_at_target = true;
+        Ok(())
+    }
+
+    fn abandon(&mut self, reason: &str) {
+        let mut facts = self.world.facts();
+        assert!(self.prepared && !facts.runs_at_target, "there is nothing to abandon");
+        if facts.disk == Holder::Target {
+            facts.disk = Holder::Nobody;
+        }
+        drop(facts);
+        self.abandoned = Some(reason.to_owned());
+    }
+}
+
+/// A record of claims that lives as long as the test.
+#[derive(Debug)]
+pub(crate) struct MemoryClaims {
+    pub(crate) identity: Uuid,
+    pub(crate) stand: Mutex<HashMap<Uuid, Claim>>,
+    /// How many claims fail from now on, and whether they stand all the same.
+    pub(crate) fails: Mutex<(u32, bool)>,
+}
+
+impl Default for MemoryClaims {
+    fn default() -> Self {
+        Self { identity: Uuid::from_u128(99), stand: Mutex::default(), fails: Mutex::default() }
+    }
+}
+
+impl Claims for MemoryClaims {
+    type Error = Planned;
+
+    fn identity(&self) -> Uuid {
+        self.identity
+    }
+
+    fn claim(&self, session: Uuid, claim: Claim) -> Result<Claim, Planned> {
+        let (failures, stands_anyway) = &mut *self.fails.lock().unwrap();
+        let fail = *failures > 0 && claim == Claim::Mine;
+        let mut stand = self.stand.lock().unwrap();
+        if fail {
+            *failures -= 1;
+            if *stands_anyway {
+                stand.entry(session).or_insert(claim);
+            }
+            return Err(Planned("claim"));
+        }
+        Ok(*stand.entry(session).or_insert(claim))
+    }
+}

@@ -1,0 +1,77 @@
+//! Regions of guest memory, pages in them, and runs of pages: the coordinates that every other module speaks in.
+//!
+//! A region is one contiguous piece of guest RAM (one KVM slot, one mapping). A run never crosses a region, so page data
+//! is always read into and written from exactly one mapping.
+
+use serde::{Deserialize, Serialize};
+use std::fmt;
+use vm_memory::GuestAddress;
+
+/// Bytes in a page: the unit that is tracked and sent, also where the host backs guest memory with larger pages.
+pub const PAGE_SIZE: usize = 4096;
+
+/// The most regions of one guest. KVM guests of this project have one or two.
+pub const MAX_REGIONS: usize = 16;
+
+/// The most pages of one region: 64 TiB, far from any overflow of byte counts.
+pub const MAX_REGION_PAGES: u64 = 1 << 34;
+
+/// Which region: regions are numbered from 0, ascending by guest address.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct RegionId(pub u16);
+
+impl fmt::Display for RegionId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// Which page of a region, counted from the region's first page.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct PageIndex(pub u64);
+
+impl fmt::Display for PageIndex {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// Contiguous pages of one region.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PageRun {
+    /// The region of all the pages.
+    pub region: RegionId,
+    /// The first page.
+    pub first: PageIndex,
+    /// How many pages.
+    pub pages: u32,
+}
+
+impl PageRun {
+    /// Bytes of guest memory in the run.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        self.pages as usize * PAGE_SIZE
+    }
+}
+
+/// One piece of guest RAM, as both ends must have it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RamRegion {
+    /// The guest physical address of the first page.
+    pub start: GuestAddress,
+    /// Length in pages.
+    pub pages: u64,
+}
+
+impl fmt::Display for RamRegion {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} pages at {:#x}", self.pages, self.start.0)
+    }
+}
+
+/// The pages of all `regions` together.
+#[must_use]
+pub fn total_pages(regions: &[RamRegion]) -> u64 {
+    regions.iter().map(|region| region.pages).sum()
+}

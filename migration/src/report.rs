@@ -1,0 +1,195 @@
+//! The report of one migration, from either end, in a form that is stable for machines: `serde` gives the JSON.
+
+use crate::convergence::SwitchReason;
+use crate::progress::Phase;
+use crate::wire::Mode;
+use serde::{Deserialize, Serialize};
+use std::time::Duration;
+use uuid::Uuid;
+
+/// Which end wrote a report.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Role {
+    /// The guest left.
+    Source,
+    /// The guest came.
+    Target,
+}
+
+/// How this end knows that the guest is at the target.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Ending {
+    /// The hand-over went as planned.
+    HandedOver,
+    /// The target's answer was lost, and it confirmed later.
+    ConfirmedLater,
+    /// The operator said so.
+    Settled,
+}
+
+/// One pass over dirty pages. The last one, with the guest paused, counts too.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct RoundReport {
+    /// From 1.
+    pub round: u32,
+    /// Pages that the round brought up to date, zero pages included.
+    pub pages: u64,
+    /// Those of them that were zero, so that no content was sent.
+    pub zero_pages: u64,
+    /// Bytes that went over the link.
+    pub bytes: u64,
+    /// How long the round took.
+    pub ms: f64,
+    /// Pages that were dirty again at the end of the round. The target does not know, and says 0.
+    pub dirty_at_end: u64,
+}
+
+/// How long one phase took.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct PhaseReport {
+    /// The phase.
+    pub phase: Phase,
+    /// How long it took.
+    pub ms: f64,
+}
+
+/// What one end saw of a migration that moved the guest.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Report {
+    /// Which end this is.
+    pub role: Role,
+    /// The migration session, the same at both ends.
+    pub session: Uuid,
+    /// The guest.
+    pub vm: Uuid,
+    /// Whether the guest ran while its memory moved.
+    pub mode: Mode,
+    /// How this end knows the result.
+    pub ending: Ending,
+    /// The passes over memory.
+    pub rounds: Vec<RoundReport>,
+    /// Bytes that went over the link, of frames of every kind.
+    pub bytes: u64,
+    /// From the first frame to the last.
+    pub total_ms: f64,
+    /// How long nobody ran the guest, as far as this end can tell. Source: from the order to pause until `Running` came;
+    /// unknown if it never came. Target: from the whole state being there until the guest ran.
+    pub downtime_ms: Option<f64>,
+    /// The downtime that was predicted when the source decided to pause; the target does not know.
+    pub predicted_downtime_ms: Option<f64>,
+    /// Why the source stopped sending rounds; only in live mode, and only at the source.
+    pub switched: Option<SwitchReason>,
+    /// `Some(true)` if both ends compared a digest of all memory, `None` if that was not asked for. A comparison that
+    /// fails ends the migration, so that there is no report.
+    pub verified: Option<bool>,
+    /// Bytes a second over the rounds.
+    pub bytes_per_second: f64,
+    /// How long each phase took, in order.
+    pub phases: Vec<PhaseReport>,
+}
+
+impl Report {
+    /// Whether the guest was paused although the downtime goal was not predicted to hold.
+    #[must_use]
+    pub fn forced(&self) -> bool {
+        self.switched.is_some_and(|reason| reason != SwitchReason::GoalMet)
+    }
+
+    /// The throughput over `rounds`.
+    pub(crate) fn throughput(rounds: &[RoundReport]) -> f64 {
+        let (bytes, ms) = rounds.iter().fold((0, 0.0), |(bytes, ms), round| (bytes + round.bytes, ms + round.ms));
+        per_second(bytes, ms)
+    }
+}
+
+/// Milliseconds of a duration.
+pub(crate) fn ms(duration: Duration) -> f64 {
+    duration.as_secs_f64() * 1000.0
+}
+
+/// Bytes a second, 0 where no time has passed.
+#[expect(clippy::cast_precision_loss, reason = "53 bits of bytes are precise enough for a rate")]
+pub(crate) fn per_second(bytes: u64, ms: f64) -> f64 {
+    if ms > 0.0 { bytes as f64 * 1000.0 / ms } else { 0.0 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The JSON of a report, which scripts read: a change of what is there is a break.
+    const GOLDEN: &str = r#"{
+  "role": "source",
+  "session": "00000000-0000-0000-0000-000000000001",
+  "vm": "00000000-0000-0000-0000-000000000002",
+  "mode": "live",
+  "ending": "handed_over",
+  "rounds": [
+    {
+      "round": 1,
+      "pages": 10,
+      "zero_pages": 4,
+      "bytes": 24612,
+      "ms": 1.5,
+      "dirty_at_end": 2
+    }
+  ],
+  "bytes": 24700,
+  "total_ms": 2.5,
+  "downtime_ms": 0.5,
+  "predicted_downtime_ms": 0.25,
+  "switched": "goal_met",
+  "verified": null,
+  "bytes_per_second": 16408000.0,
+  "phases": [
+    {
+      "phase": "offering",
+      "ms": 0.125
+    }
+  ]
+}"#;
+
+    #[test]
+    fn golden_json() {
+        let rounds = vec![RoundReport { round: 1, pages: 10, zero_pages: 4, bytes: 24_612, ms: 1.5, dirty_at_end: 2 }];
+        let report = Report {
+            role: Role::Source,
+            session: Uuid::from_u128(1),
+            vm: Uuid::from_u128(2),
+            mode: Mode::Live,
+            ending: Ending::HandedOver,
+            bytes: 24_700,
+            total_ms: 2.5,
+            downtime_ms: Some(0.5),
+            predicted_downtime_ms: Some(0.25),
+            switched: Some(SwitchReason::GoalMet),
+            verified: None,
+            bytes_per_second: Report::throughput(&rounds),
+            rounds,
+            phases: vec![PhaseReport { phase: Phase::Offering, ms: 0.125 }],
+        };
+        assert_eq!(serde_json::to_string_pretty(&report).unwrap(), GOLDEN);
+        assert_eq!(serde_json::from_str::<Report>(GOLDEN).unwrap(), report);
+    }
+
+    #[test]
+    fn only_a_goal_that_was_not_met_is_forced() {
+        let mut report: Report = serde_json::from_str(GOLDEN).unwrap();
+        for (switched, forced) in [
+            (None, false),
+            (Some(SwitchReason::GoalMet), false),
+            (Some(SwitchReason::RoundLimit), true),
+            (Some(SwitchReason::Stalled), true),
+        ] {
+            report.switched = switched;
+            assert_eq!(report.forced(), forced, "{switched:?}");
+        }
+    }
+
+    #[test]
+    fn no_time_gives_no_rate() {
+        assert!(Report::throughput(&[]).abs() < f64::EPSILON);
+    }
+}

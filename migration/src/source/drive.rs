@@ -1,0 +1,309 @@
+//! The source's side of the conversation, and its account of the migration: everything about one run that is not the
+//! guest.
+
+use super::error::SourceError;
+use super::{Plan, Surroundings};
+use crate::batch::Batch;
+use crate::cancel::CancelToken;
+use crate::channel::{Channel, TICK, in_words};
+use crate::clock::Clock;
+use crate::convergence::{Decision, SwitchReason, Trend, decide, predict};
+use crate::digest::TranscriptDigest;
+use crate::guest::{Claim, SourceGuest, exact_slice};
+use crate::ledger::DirtyLedger;
+use crate::link::{Link, LinkError};
+use crate::progress::{Moved, Observer, Phase, Progress};
+use crate::region::PAGE_SIZE;
+use crate::report::{Ending, PhaseReport, Report, Role, RoundReport, ms, per_second};
+use crate::wire::{Frame, Kind, RoundEnd};
+use std::time::Duration;
+use uuid::Uuid;
+
+/// How long the last words of a migration that failed may take to send.
+const LAST_WORDS: Duration = Duration::from_secs(1);
+
+/// What the target may answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Answer {
+    Accept { claims: Uuid },
+    Ready,
+    Running,
+    Verdict(Claim),
+}
+
+impl Answer {
+    pub(super) fn kind(self) -> Kind {
+        match self {
+            Self::Accept { .. } => Kind::Accept,
+            Self::Ready => Kind::Ready,
+            Self::Running => Kind::Running,
+            Self::Verdict(_) => Kind::Verdict,
+        }
+    }
+}
+
+/// One run of the source.
+pub(super) struct Drive<'a, L> {
+    pub(super) plan: &'a Plan,
+    pub(super) clock: &'a dyn Clock,
+    cancel: &'a CancelToken,
+    observer: &'a mut dyn Observer,
+    channel: Channel<'a, L>,
+    inbox: Vec<u8>,
+    batch: Batch,
+    trend: Trend,
+    started: Duration,
+    entered: Option<(Phase, Duration)>,
+    paused: Option<Duration>,
+    account: Account,
+}
+
+/// What will be in the report.
+#[derive(Debug, Clone)]
+struct Account {
+    vm: Uuid,
+    rounds: Vec<RoundReport>,
+    phases: Vec<PhaseReport>,
+    predicted: Option<Duration>,
+    switched: Option<SwitchReason>,
+}
+
+impl<'a, L: Link> Drive<'a, L> {
+    pub(super) fn new(link: &'a mut L, plan: &'a Plan, around: Surroundings<'a>) -> Self {
+        let Surroundings { clock, cancel, observer } = around;
+        let account =
+            Account { vm: Uuid::nil(), rounds: Vec::new(), phases: Vec::new(), predicted: None, switched: None };
+        Self {
+            plan,
+            clock,
+            cancel,
+            observer,
+            channel: Channel::new(link),
+            inbox: Vec::new(),
+            batch: Batch::new(),
+            trend: Trend::new(),
+            started: clock.now(),
+            entered: None,
+            paused: None,
+            account,
+        }
+    }
+
+    /// Begins a phase: ends the clock of the last one, logs, tells the onlooker.
+    pub(super) fn enter(&mut self, phase: Phase) {
+        self.leave();
+        tracing::info!(session = %self.plan.session, ?phase, "migration");
+        self.entered = Some((phase, self.clock.now()));
+        self.observer.on(Progress::Entered(phase));
+    }
+
+    fn leave(&mut self) {
+        if let Some((phase, since)) = self.entered.take() {
+            self.account.phases.push(PhaseReport { phase, ms: ms(self.clock.now() - since) });
+        }
+    }
+
+    /// Notes which guest this is about.
+    pub(super) fn is_about(&mut self, vm: Uuid) {
+        self.account.vm = vm;
+    }
+
+    /// Notes that nobody runs the guest from now on.
+    pub(super) fn pausing(&mut self) {
+        self.paused = Some(self.clock.now());
+    }
+
+    /// Whether the migration may go on: nobody cancelled, time is left, and the target has not ended it.
+    pub(super) fn check(&mut self) -> Result<(), SourceError> {
+        self.check_wishes()?;
+        while self.channel.link().wait(Duration::ZERO).map_err(SourceError::Link)? {
+            if let Some(answer) = self.read_answer()? {
+                return Err(SourceError::OutOfTurn { found: answer.kind(), expected: Kind::Heartbeat });
+            }
+        }
+        Ok(())
+    }
+
+    fn check_wishes(&mut self) -> Result<(), SourceError> {
+        if self.cancel.is_cancelled() {
+            return Err(SourceError::Cancelled);
+        }
+        let mut patience = self.plan.patience;
+        if let Some(limit) = self.plan.timeout {
+            let left = (self.started + limit).saturating_sub(self.clock.now());
+            if left.is_zero() {
+                return Err(SourceError::OutOfTime { limit });
+            }
+            patience = patience.min(left);
+        }
+        self.channel.link().set_patience(patience);
+        Ok(())
+    }
+
+    /// Sends a frame.
+    pub(super) fn send(&mut self, frame: &Frame<'_>) -> Result<(), SourceError> {
+        self.channel.send(frame).map_err(|error| self.explain(error))
+    }
+
+    /// A link that fails may still hold the target's reason, which says more.
+    fn explain(&mut self, error: LinkError) -> SourceError {
+        self.channel.link().set_patience(LAST_WORDS);
+        while self.channel.link().wait(Duration::ZERO).is_ok_and(|came| came) {
+            match self.read_answer() {
+                Ok(None) => {}
+                Err(reason @ (SourceError::Refused { .. } | SourceError::TargetGaveUp { .. })) => return reason,
+                Ok(Some(_)) | Err(_) => break,
+            }
+        }
+        SourceError::Link(error)
+    }
+
+    /// Waits for an answer that is due, as long as the migration may go on.
+    pub(super) fn answer(&mut self, expected: Kind) -> Result<Answer, SourceError> {
+        self.await_answer(expected, Self::check_wishes)
+    }
+
+    /// Waits for an answer that is due, whatever anybody wishes: after `Go`, and to a question.
+    pub(super) fn answer_regardless(&mut self, expected: Kind) -> Result<Answer, SourceError> {
+        self.channel.link().set_patience(self.plan.patience);
+        self.await_answer(expected, |_| Ok(()))
+    }
+
+    fn await_answer(
+        &mut self,
+        expected: Kind,
+        check: impl Fn(&mut Self) -> Result<(), SourceError>,
+    ) -> Result<Answer, SourceError> {
+        let limit = self.plan.patience;
+        let end = self.clock.now() + limit;
+        while self.clock.now() < end {
+            check(self)?;
+            if !self.channel.link().wait(TICK.min(limit)).map_err(SourceError::Link)? {
+                self.send(&Frame::Heartbeat)?;
+                continue;
+            }
+            match self.read_answer()? {
+                Some(answer) if answer.kind() == expected => return Ok(answer),
+                Some(answer) => return Err(SourceError::OutOfTurn { found: answer.kind(), expected }),
+                None => {}
+            }
+        }
+        check(self)?;
+        Err(SourceError::Link(LinkError::TimedOut { limit }))
+    }
+
+    /// Reads one frame; `None` for a sign of life.
+    fn read_answer(&mut self) -> Result<Option<Answer>, SourceError> {
+        let frame = self.channel.receive(&mut self.inbox)?;
+        let found = frame.kind();
+        match frame {
+            Frame::Accept { claims } => Ok(Some(Answer::Accept { claims })),
+            Frame::Ready => Ok(Some(Answer::Ready)),
+            Frame::Running => Ok(Some(Answer::Running)),
+            Frame::Verdict(claim) => Ok(Some(Answer::Verdict(claim))),
+            Frame::Heartbeat => Ok(None),
+            Frame::Refuse { reason } => Err(SourceError::Refused { reason: reason.to_owned() }),
+            Frame::Abort { reason } => Err(SourceError::TargetGaveUp { reason: reason.to_owned() }),
+            Frame::Hello(_)
+            | Frame::Pages(_)
+            | Frame::RoundEnd(_)
+            | Frame::State(_)
+            | Frame::Seal(_)
+            | Frame::Go
+            | Frame::Query { .. } => Err(SourceError::OutOfTurn { found, expected: Kind::Heartbeat }),
+        }
+    }
+
+    /// Sends every page that the ledger holds, as round `round`, and waits for nothing.
+    pub(super) fn send_round<G: SourceGuest>(
+        &mut self,
+        round: u32,
+        ledger: &mut DirtyLedger,
+        guest: &G,
+    ) -> Result<RoundReport, SourceError> {
+        let memory = |source| SourceError::Guest { step: "give access to its memory", source };
+        let (start, bytes_before, of) = (self.clock.now(), self.channel.bytes(), ledger.dirty_pages());
+        let in_flight_before = self.channel.link().in_flight();
+        let (mut sent, mut zero_pages) = (0, 0);
+        while self.batch.fill(ledger, guest).map_err(memory)? {
+            self.check()?;
+            let records = self.batch.records();
+            let raw: Vec<_> =
+                records.raw_runs().map(|run| exact_slice(guest, run)).collect::<Result<_, _>>().map_err(memory)?;
+            self.channel.send_pages(records, &raw).map_err(|error| self.explain(error))?;
+            sent += self.batch.pages();
+            zero_pages += self.batch.zero_pages();
+            let bytes = self.channel.bytes();
+            let bytes_per_second = per_second(bytes - bytes_before, ms(self.clock.now() - start));
+            self.observer.on(Progress::Moved(Moved { round, pages: sent, of, bytes, bytes_per_second }));
+        }
+        self.check()?;
+        self.send(&Frame::RoundEnd(RoundEnd { round, pages: sent, zero_pages }))?;
+        let (time, bytes) = (self.clock.now() - start, self.channel.bytes() - bytes_before);
+        self.trend.sent((bytes + in_flight_before).saturating_sub(self.channel.link().in_flight()), time);
+        Ok(RoundReport { round, pages: sent, zero_pages, bytes, ms: ms(time), dirty_at_end: 0 })
+    }
+
+    /// Notes a round that is over.
+    pub(super) fn round_done(&mut self, round: RoundReport) {
+        tracing::debug!(?round, "migration round");
+        self.account.rounds.push(round);
+        self.observer.on(Progress::RoundDone(round));
+    }
+
+    /// Whether to send another round, with so many pages dirty.
+    pub(super) fn another_round(&mut self, round: u32, dirty_pages: u64) -> Result<bool, SourceError> {
+        let remaining = dirty_pages * PAGE_SIZE as u64 + self.channel.link().in_flight();
+        let round_trip = self.channel.link().round_trip().unwrap_or_default();
+        let stats = self.trend.stats(round, remaining, round_trip);
+        let (goal, predicted) = (&self.plan.goal, predict(&stats, &self.plan.goal));
+        self.trend.note(remaining);
+        match decide(&stats, goal) {
+            Decision::Continue => Ok(true),
+            Decision::Switch(reason) => {
+                (self.account.predicted, self.account.switched) = (Some(predicted), Some(reason));
+                Ok(false)
+            }
+            Decision::GiveUp(reason) => {
+                Err(SourceError::GoalUnreachable { goal: goal.max_downtime, predicted, round, reason })
+            }
+        }
+    }
+
+    /// The digest of all that was sent so far.
+    pub(super) fn sent(&self) -> TranscriptDigest {
+        self.channel.sent()
+    }
+
+    /// Tells the target that it is over, if it does not know and can hear.
+    pub(super) fn tell(&mut self, cause: &SourceError) {
+        if cause.is_news() {
+            self.channel.link().set_patience(LAST_WORDS);
+            let _ = self.channel.send(&Frame::Abort { reason: &in_words(cause) });
+        }
+    }
+
+    /// The report of a migration that has come this far.
+    pub(super) fn report(&mut self, ending: Ending) -> Report {
+        self.leave();
+        let Account { vm, rounds, phases, predicted, switched } = self.account.clone();
+        let now = self.clock.now();
+        let known = ending == Ending::HandedOver;
+        Report {
+            role: Role::Source,
+            session: self.plan.session,
+            vm,
+            mode: self.plan.mode,
+            ending,
+            bytes: self.channel.bytes(),
+            total_ms: ms(now - self.started),
+            downtime_ms: self.paused.filter(|_| known).map(|paused| ms(now - paused)),
+            predicted_downtime_ms: predicted.map(ms),
+            switched,
+            verified: self.plan.verify.then_some(true),
+            bytes_per_second: Report::throughput(&rounds),
+            rounds,
+            phases,
+        }
+    }
+}

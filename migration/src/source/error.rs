@@ -1,0 +1,123 @@
+//! Why a migration did not go through, as the source tells it.
+
+use crate::channel::ChannelError;
+use crate::convergence::SwitchReason;
+use crate::guest::HostError;
+use crate::link::LinkError;
+use crate::wire::{FrameError, Kind};
+use std::time::Duration;
+use thiserror::Error;
+
+/// What went wrong.
+#[derive(Debug, Error)]
+pub enum SourceError {
+    /// The guest, or this host, did not do its part.
+    #[error("The guest at the source did not {step}")]
+    Guest {
+        /// What it was to do.
+        step: &'static str,
+        /// Why it did not.
+        #[source]
+        source: HostError,
+    },
+    /// What the guest says of itself does not fit into the protocol.
+    #[error("{what} of the guest is {found}, and at most {max} can be migrated")]
+    TooLarge {
+        /// What is too large.
+        what: &'static str,
+        /// How large it is.
+        found: u64,
+        /// How large it may be.
+        max: u64,
+    },
+    /// The target does not want the guest.
+    #[error("The target refused the guest: {reason}")]
+    Refused {
+        /// The target's words.
+        reason: String,
+    },
+    /// The target ended a migration that it had accepted.
+    #[error("The target gave up: {reason}")]
+    TargetGaveUp {
+        /// The target's words.
+        reason: String,
+    },
+    /// The target sent something that is no frame.
+    #[error("The target does not keep to the migration protocol")]
+    Frame(#[source] FrameError),
+    /// The target sent a frame at the wrong time.
+    #[error("The target sent {found} when {expected} was due")]
+    OutOfTurn {
+        /// What came.
+        found: Kind,
+        /// What should have come.
+        expected: Kind,
+    },
+    /// The link failed.
+    #[error("The link to the target failed")]
+    Link(#[source] LinkError),
+    /// Somebody wished to end it.
+    #[error("The migration was cancelled")]
+    Cancelled,
+    /// It took too long.
+    #[error("The migration was not done within its time limit of {} s", limit.as_secs_f64())]
+    OutOfTime {
+        /// The limit.
+        limit: Duration,
+    },
+    /// The downtime goal cannot be reached, and the guest was not to be paused regardless.
+    #[error("The downtime goal of {} ms cannot be reached: {} ms are predicted after {round} rounds ({why})",
+        goal.as_millis(), predicted.as_millis(), why = words(*reason))]
+    GoalUnreachable {
+        /// The goal.
+        goal: Duration,
+        /// What was predicted last.
+        predicted: Duration,
+        /// How many rounds were sent.
+        round: u32,
+        /// Why no more are sent.
+        reason: SwitchReason,
+    },
+    /// The target was asked after a doubt and did not take the guest.
+    #[error("The target did not take the guest over, and never will")]
+    NotTaken,
+    /// The operator decided after a doubt that the guest is here.
+    #[error("The operator decided that the guest stays")]
+    Settled,
+}
+
+fn words(reason: SwitchReason) -> &'static str {
+    match reason {
+        SwitchReason::GoalMet => "the goal is met",
+        SwitchReason::RoundLimit => "no more are allowed",
+        SwitchReason::Stalled => "more do not bring it nearer",
+    }
+}
+
+impl From<ChannelError> for SourceError {
+    fn from(error: ChannelError) -> Self {
+        match error {
+            ChannelError::Link(error) => Self::Link(error),
+            ChannelError::Frame(error) => Self::Frame(error),
+        }
+    }
+}
+
+impl SourceError {
+    /// Whether the target waits to be told: it does not know yet, and can still hear.
+    pub(super) fn is_news(&self) -> bool {
+        match self {
+            Self::Refused { .. } | Self::TargetGaveUp { .. } | Self::NotTaken => false,
+            Self::Link(LinkError::Closed | LinkError::Io(_)) => false,
+            Self::Link(LinkError::TimedOut { .. })
+            | Self::Guest { .. }
+            | Self::TooLarge { .. }
+            | Self::Frame(_)
+            | Self::OutOfTurn { .. }
+            | Self::Cancelled
+            | Self::OutOfTime { .. }
+            | Self::GoalUnreachable { .. }
+            | Self::Settled => true,
+        }
+    }
+}

@@ -1,0 +1,332 @@
+//! The source drives a migration: [`run`] takes a guest and gives back who owns it now.
+//!
+//! ```text
+//!             offer          start_log, rounds         stop            seal             await_ready        go
+//! guest ──► Precopy ─(live)─► Precopy ──────────────► Stopped ──────► Sealed ─────────► Ready ──────────► HandedOver
+//!                └───────────(stop)──────────────────────▲                                  └──────────► InDoubt
+//!             any failure ──► StillOurs: every step taken back, the guest runs on, the target is told why
+//! ```
+//! Each state consumes the one before, and holds the guest. What must never happen is that two hosts run it. So nothing
+//! may fail between the record "given away" and `Go`, and after `Go` has been tried nothing resumes the guest here but
+//! the target's word, or the operator's: see [`InDoubt`].
+
+mod custody;
+mod doubt;
+mod drive;
+mod error;
+
+pub use custody::Failed;
+pub use doubt::{InDoubt, Owner};
+pub use error::SourceError;
+
+use crate::cancel::CancelToken;
+use crate::channel::host_error;
+use crate::clock::Clock;
+use crate::convergence::Goal;
+use crate::digest;
+use crate::guest::{Description, SourceGuest};
+use crate::ledger::DirtyLedger;
+use crate::link::Link;
+use crate::progress::{Observer, Phase};
+use crate::region::{MAX_REGION_PAGES, MAX_REGIONS, RamRegion};
+use crate::report::{Ending, Report};
+use crate::wire::{Frame, Hello, Kind, MAX_MACHINE, MAX_STATE, Mode, Seal};
+use custody::{Custody, Step};
+use drive::{Answer, Drive};
+use std::fmt;
+use std::time::Duration;
+use uuid::Uuid;
+
+/// The name of this build, for the other end's messages.
+const BUILD: &str = concat!("godwit ", env!("CARGO_PKG_VERSION"));
+
+/// How one migration is to go.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Plan {
+    /// A name for this attempt that was never used before.
+    pub session: Uuid,
+    /// Whether the guest runs while its memory moves.
+    pub mode: Mode,
+    /// Whether both ends compare a digest of all memory before the guest is handed over. Costs downtime.
+    pub verify: bool,
+    /// When to pause the guest, in live mode.
+    pub goal: Goal,
+    /// How long it all may take until the guest is handed over; `None` for as long as it needs.
+    pub timeout: Option<Duration>,
+    /// How long to wait for an answer, or for a byte to move.
+    pub patience: Duration,
+}
+
+impl Plan {
+    /// A plan with a fresh session and usual values.
+    #[must_use]
+    pub fn new(mode: Mode) -> Self {
+        Self {
+            session: Uuid::new_v4(),
+            mode,
+            verify: false,
+            goal: Goal::default(),
+            timeout: None,
+            patience: Duration::from_secs(30),
+        }
+    }
+}
+
+/// What a migration needs besides the guest and the link.
+pub struct Surroundings<'a> {
+    /// The time.
+    pub clock: &'a dyn Clock,
+    /// The wish to end it.
+    pub cancel: &'a CancelToken,
+    /// Who wants to know how it goes.
+    pub observer: &'a mut dyn Observer,
+}
+
+impl fmt::Debug for Surroundings<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Surroundings").field("cancel", self.cancel).finish_non_exhaustive()
+    }
+}
+
+/// Who owns the guest after a migration.
+#[derive(Debug)]
+#[must_use = "the guest is in it, unless it was handed over"]
+pub enum Outcome<G> {
+    /// The target. There is no guest here any more: it was dropped.
+    HandedOver(Report),
+    /// This host, as before.
+    StillOurs(Failed<G>),
+    /// Nobody knows yet. The guest stays paused.
+    InDoubt(InDoubt<G>),
+}
+
+/// The guest may run; the ledger has what the target lacks.
+struct Precopy<G> {
+    custody: Custody<G>,
+    regions: Vec<RamRegion>,
+    ledger: DirtyLedger,
+    round: u32,
+    claims: Uuid,
+}
+
+/// The guest is paused, and its state is captured.
+struct Stopped<G> {
+    precopy: Precopy<G>,
+    state: Vec<u8>,
+}
+
+/// The target has all of the guest and holds what only one host may hold.
+struct Sealed<G> {
+    custody: Custody<G>,
+    claims: Uuid,
+}
+
+/// The target has restored the guest and could run it.
+struct Ready<G> {
+    custody: Custody<G>,
+    claims: Uuid,
+}
+
+/// A transition to `T`, or the guest back.
+type Next<T, G> = Result<T, Box<Failed<G>>>;
+
+/// Migrates `guest` over `link`. The caller should close the link when this returns: the target waits for that a while.
+pub fn run<'a, G: SourceGuest, L: Link>(
+    guest: G,
+    link: &'a mut L,
+    plan: &'a Plan,
+    around: Surroundings<'a>,
+) -> Outcome<G> {
+    let mut drive = Drive::new(link, plan, around);
+    let ready = Precopy::offer(guest, &mut drive).and_then(|precopy| {
+        let stopped = match plan.mode {
+            Mode::Stop => precopy.stop(&mut drive)?,
+            Mode::Live => precopy.start_log(&mut drive)?.rounds(&mut drive)?.stop(&mut drive)?,
+        };
+        stopped.seal(&mut drive)?.await_ready(&mut drive)
+    });
+    match ready {
+        Ok(ready) => ready.go(&mut drive), // the point of no return is in here
+        Err(failed) => Outcome::StillOurs(*failed),
+    }
+}
+
+/// Gives a guest back. The target is told first if it holds what the guest needs, else last: that keeps the guest
+/// waiting no longer than it must.
+fn fail<G: SourceGuest, L: Link>(custody: Custody<G>, cause: SourceError, drive: &mut Drive<'_, L>) -> Box<Failed<G>> {
+    let waits_for_target = custody.has_released();
+    if waits_for_target {
+        drive.tell(&cause);
+    }
+    // The target's patience ends when this end's does, at about the same time.
+    let failed = custody.hand_back(cause, drive.clock, drive.plan.patience * 2);
+    if !waits_for_target {
+        drive.tell(&failed.cause);
+    }
+    Box::new(failed)
+}
+
+impl<G: SourceGuest> Precopy<G> {
+    /// Offers the guest: `Hello` out, `Accept` back.
+    fn offer<L: Link>(guest: G, drive: &mut Drive<'_, L>) -> Next<Self, G> {
+        drive.enter(Phase::Offering);
+        let custody = Custody::new(guest, drive.plan.session);
+        let offered = describe(&custody.guest).and_then(|description| {
+            drive.is_about(description.vm);
+            drive.check()?;
+            drive.send(&Frame::Hello(hello(drive.plan, &description)))?;
+            match drive.answer(Kind::Accept)? {
+                Answer::Accept { claims } => Ok((description, claims)),
+                other => Err(SourceError::OutOfTurn { found: other.kind(), expected: Kind::Accept }),
+            }
+        });
+        match offered {
+            Ok((Description { regions, .. }, claims)) => {
+                let ledger = DirtyLedger::new(&regions.iter().map(|region| region.pages).collect::<Vec<_>>());
+                Ok(Self { custody, regions, ledger, round: 0, claims })
+            }
+            Err(cause) => Err(fail(custody, cause, drive)),
+        }
+    }
+
+    /// Logs changes from now on, and takes every page as changed.
+    fn start_log<L: Link>(mut self, drive: &mut Drive<'_, L>) -> Next<Self, G> {
+        match self.custody.take(Step::DirtyLog) {
+            Ok(()) => {
+                self.ledger.mark_all();
+                Ok(self)
+            }
+            Err(cause) => Err(fail(self.custody, cause, drive)),
+        }
+    }
+
+    /// Sends what changed, again and again, while the guest runs, until it is worth to pause it.
+    fn rounds<L: Link>(mut self, drive: &mut Drive<'_, L>) -> Next<Self, G> {
+        drive.enter(Phase::Rounds);
+        loop {
+            match self.round(drive) {
+                Ok(true) => {}
+                Ok(false) => return Ok(self),
+                Err(cause) => return Err(fail(self.custody, cause, drive)),
+            }
+        }
+    }
+
+    fn round<L: Link>(&mut self, drive: &mut Drive<'_, L>) -> Result<bool, SourceError> {
+        self.round += 1;
+        let sent = drive.send_round(self.round, &mut self.ledger, &self.custody.guest)?;
+        self.harvest()?;
+        let dirty_at_end = self.ledger.dirty_pages();
+        drive.round_done(crate::RoundReport { dirty_at_end, ..sent });
+        drive.another_round(self.round, dirty_at_end)
+    }
+
+    fn harvest(&mut self) -> Result<(), SourceError> {
+        self.custody
+            .guest
+            .harvest_dirty(&mut self.ledger)
+            .map_err(|error| SourceError::Guest { step: "tell its dirty pages", source: host_error(error) })
+    }
+
+    /// Pauses the guest and captures its state, and only then learns the last dirty pages: capturing may touch memory.
+    fn stop<L: Link>(mut self, drive: &mut Drive<'_, L>) -> Next<Stopped<G>, G> {
+        drive.enter(Phase::Pausing);
+        match self.capture(drive) {
+            Ok(state) => Ok(Stopped { precopy: self, state }),
+            Err(cause) => Err(fail(self.custody, cause, drive)),
+        }
+    }
+
+    fn capture<L: Link>(&mut self, drive: &mut Drive<'_, L>) -> Result<Vec<u8>, SourceError> {
+        drive.check()?;
+        drive.pausing();
+        self.custody.take(Step::Pause)?;
+        let saved = self.custody.guest.save();
+        let state = saved.map_err(|error| SourceError::Guest { step: "save its state", source: host_error(error) })?;
+        fits("The state", state.len() as u64, MAX_STATE as u64)?;
+        match drive.plan.mode {
+            Mode::Stop => self.ledger.mark_all(),
+            Mode::Live => self.harvest()?,
+        }
+        Ok(state)
+    }
+}
+
+impl<G: SourceGuest> Stopped<G> {
+    /// Sends the last pages and the state, gives up what only one host may hold, and seals it all.
+    fn seal<L: Link>(mut self, drive: &mut Drive<'_, L>) -> Next<Sealed<G>, G> {
+        drive.enter(Phase::LastPages);
+        let sealed = self.send_rest(drive);
+        let Precopy { custody, claims, .. } = self.precopy;
+        match sealed {
+            Ok(()) => Ok(Sealed { custody, claims }),
+            Err(cause) => Err(fail(custody, cause, drive)),
+        }
+    }
+
+    fn send_rest<L: Link>(&mut self, drive: &mut Drive<'_, L>) -> Result<(), SourceError> {
+        let Self { precopy: Precopy { custody, regions, ledger, round, claims: _ }, state } = self;
+        let last = drive.send_round(*round + 1, ledger, &custody.guest)?;
+        drive.round_done(last);
+        drive.enter(Phase::Restoring);
+        drive.send(&Frame::State(state))?;
+        let memory = if drive.plan.verify { digest::of_memory(&custody.guest, regions) } else { Ok(Vec::new()) };
+        let memory = memory.map_err(|source| SourceError::Guest { step: "give access to its memory", source })?;
+        custody.take(Step::Release)?;
+        drive.check()?;
+        let sent = drive.sent();
+        drive.send(&Frame::Seal(Seal { frames: sent.frames, transcript: sent.digest, memory }))
+    }
+}
+
+impl<G: SourceGuest> Sealed<G> {
+    /// Waits until the target has restored everything.
+    fn await_ready<L: Link>(self, drive: &mut Drive<'_, L>) -> Next<Ready<G>, G> {
+        let Self { custody, claims } = self;
+        match drive.answer(Kind::Ready) {
+            Ok(_) => Ok(Ready { custody, claims }),
+            Err(cause) => Err(fail(custody, cause, drive)),
+        }
+    }
+}
+
+impl<G: SourceGuest> Ready<G> {
+    /// Gives the guest away: recorded, then said.
+    fn go<L: Link>(mut self, drive: &mut Drive<'_, L>) -> Outcome<G> {
+        drive.enter(Phase::HandingOver);
+        if let Err(cause) = drive.check().and_then(|()| self.custody.take(Step::GivenAway)) {
+            return Outcome::StillOurs(*fail(self.custody, cause, drive));
+        }
+        // No return. Even a `Go` that could not be sent may have arrived.
+        match drive.send(&Frame::Go).and_then(|()| drive.answer_regardless(Kind::Running)) {
+            Ok(_) => Outcome::HandedOver(drive.report(Ending::HandedOver)),
+            Err(cause) => {
+                let report = drive.report(Ending::ConfirmedLater);
+                Outcome::InDoubt(InDoubt::new(self.custody, self.claims, cause, report, drive.plan.patience))
+            }
+        }
+    }
+}
+
+/// The guest's description, if it fits into the protocol.
+fn describe<G: SourceGuest>(guest: &G) -> Result<Description, SourceError> {
+    let described = guest.describe();
+    let description =
+        described.map_err(|error| SourceError::Guest { step: "describe itself", source: host_error(error) })?;
+    fits("The description", description.machine.len() as u64, MAX_MACHINE as u64)?;
+    fits("The number of memory regions", description.regions.len() as u64, MAX_REGIONS as u64)?;
+    for region in &description.regions {
+        fits("The number of pages in a memory region", region.pages, MAX_REGION_PAGES)?;
+    }
+    Ok(description)
+}
+
+fn fits(what: &'static str, found: u64, max: u64) -> Result<(), SourceError> {
+    if found <= max { Ok(()) } else { Err(SourceError::TooLarge { what, found, max }) }
+}
+
+fn hello<'a>(plan: &Plan, description: &'a Description) -> Hello<'a> {
+    let Description { vm, regions, machine } = description;
+    let (build, regions) = (BUILD, regions.clone());
+    Hello { session: plan.session, vm: *vm, mode: plan.mode, verify: plan.verify, build, regions, machine }
+}

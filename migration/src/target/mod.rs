@@ -1,0 +1,197 @@
+//! The target reacts: each frame leads from one state to the next, or is a fault.
+//!
+//! ```text
+//! AwaitHello ──Hello──► Filling ──State──► AwaitSeal ──Seal──► AwaitGo ──Go──► Running
+//!     │                  │   ▲ Pages, RoundEnd            Ready sent      Running sent
+//!     └──Query──► Answered
+//! any state but the last ──wrong frame, Abort, lost link──► fault: the guest is not this host's, and never will be
+//! ```
+//! The invariant: the guest runs here only after the claim `Mine` of its session stands in the [`Claims`], and a claim
+//! that stands never changes. [`receive`] drives the states over a link.
+
+mod error;
+mod filling;
+mod receive;
+#[cfg(test)]
+mod tests;
+
+pub use error::Fault;
+pub use filling::{Filling, Incoming, Moment};
+pub use receive::{Arrival, Reception, receive};
+
+use crate::channel::host_error;
+use crate::guest::{Claim, Claims, Offer, Refusal, TargetHost};
+use crate::progress::Phase;
+use crate::region::RamRegion;
+use crate::report::RoundReport;
+use crate::wire::{Frame, Hello, Seal};
+use uuid::Uuid;
+
+/// Where the target is.
+#[derive(Debug)]
+pub enum Target {
+    /// Nobody has said anything.
+    AwaitHello,
+    /// The machine is built, and memory comes in.
+    Filling(Box<Filling>),
+    /// The state is here too.
+    AwaitSeal(Box<AwaitSeal>),
+    /// All is restored; the source has been told.
+    AwaitGo(Box<AwaitGo>),
+    /// The guest is this host's.
+    Running(Box<Incoming>),
+    /// A question was answered.
+    Answered(Claim),
+}
+
+/// Memory and state are here, unchecked.
+#[derive(Debug)]
+pub struct AwaitSeal {
+    filling: Filling,
+    state: Vec<u8>,
+}
+
+/// The guest could run.
+#[derive(Debug)]
+pub struct AwaitGo {
+    incoming: Incoming,
+}
+
+/// What is to be done after a frame.
+#[derive(Debug, PartialEq)]
+pub enum Reply {
+    /// Nothing.
+    Silence,
+    /// The bytes of the frame's raw runs come next.
+    Fill,
+    /// A round is over.
+    RoundDone(RoundReport),
+    /// The source is to be told, and cannot go on without.
+    Send(Frame<'static>),
+    /// The source is to be told, but whether it hears changes nothing: the matter is decided.
+    Last(Frame<'static>),
+}
+
+impl Target {
+    /// Takes one frame.
+    ///
+    /// # Errors
+    /// [`Fault`]; the migration is over then.
+    pub fn on_frame<H: TargetHost, C: Claims>(
+        self,
+        frame: Frame<'_>,
+        at: Moment,
+        host: &mut H,
+        claims: &C,
+    ) -> Result<(Self, Reply), Fault> {
+        match (self, frame) {
+            (state, Frame::Heartbeat) => Ok((state, Reply::Silence)),
+            (_, Frame::Abort { reason }) => Err(Fault::SourceGaveUp { reason: reason.to_owned() }),
+            (Self::AwaitHello, Frame::Hello(hello)) => {
+                prepare(&hello, host)?;
+                let accept = Frame::Accept { claims: claims.identity() };
+                Ok((Self::Filling(Box::new(Filling::new(hello, at))), Reply::Send(accept)))
+            }
+            (Self::AwaitHello, Frame::Query { session, claims: asked }) => answer(session, asked, claims),
+            (Self::Filling(mut filling), Frame::Pages(records)) => {
+                filling.pages(records, host)?;
+                Ok((Self::Filling(filling), Reply::Fill))
+            }
+            (Self::Filling(mut filling), Frame::RoundEnd(end)) => {
+                let round = filling.round_end(end, at)?;
+                Ok((Self::Filling(filling), Reply::RoundDone(round)))
+            }
+            (Self::Filling(filling), Frame::State(state)) => {
+                let state = AwaitSeal { filling: *filling, state: state.to_vec() };
+                Ok((Self::AwaitSeal(Box::new(state)), Reply::Silence))
+            }
+            (Self::AwaitSeal(whole), Frame::Seal(seal)) => {
+                let ready = whole.restore(&seal, host, at)?;
+                Ok((Self::AwaitGo(Box::new(ready)), Reply::Send(Frame::Ready)))
+            }
+            (Self::AwaitGo(ready), Frame::Go) => {
+                let AwaitGo { incoming } = *ready;
+                take_over(incoming.session, host, claims)?;
+                Ok((Self::Running(Box::new(incoming)), Reply::Last(Frame::Running)))
+            }
+            (state, frame) => Err(Fault::OutOfTurn { found: frame.kind(), when: state.in_words() }),
+        }
+    }
+
+    /// The session, from the offer to the end.
+    #[must_use]
+    pub fn session(&self) -> Option<Uuid> {
+        match self {
+            Self::AwaitHello | Self::Answered(_) => None,
+            Self::Filling(filling) => Some(filling.incoming.session),
+            Self::AwaitSeal(whole) => Some(whole.filling.incoming.session),
+            Self::AwaitGo(ready) => Some(ready.incoming.session),
+            Self::Running(incoming) => Some(incoming.session),
+        }
+    }
+
+    fn in_words(&self) -> &'static str {
+        match self {
+            Self::AwaitHello => "before Hello",
+            Self::Filling(_) => "while its memory came in",
+            Self::AwaitSeal(_) => "between State and Seal",
+            Self::AwaitGo(_) => "when Go was due",
+            Self::Running(_) => "after Go",
+            Self::Answered(_) => "after Query",
+        }
+    }
+
+    /// The phase that the next frame belongs to.
+    fn phase(&self) -> Phase {
+        match self {
+            Self::AwaitHello | Self::Answered(_) => Phase::Offering,
+            Self::Filling(_) => Phase::Rounds,
+            Self::AwaitSeal(_) => Phase::Restoring,
+            Self::AwaitGo(_) | Self::Running(_) => Phase::HandingOver,
+        }
+    }
+}
+
+/// Has the host check the offer and build the machine, and compares its memory with the guest's.
+fn prepare<H: TargetHost>(hello: &Hello<'_>, host: &mut H) -> Result<(), Fault> {
+    let Hello { session, vm, mode, verify: _, build, regions, machine } = hello;
+    let (session, vm, mode) = (*session, *vm, *mode);
+    host.prepare(&Offer { session, vm, mode, build, regions, machine }).map_err(Fault::Refused)?;
+    let here = host.regions();
+    if here == *regions {
+        return Ok(());
+    }
+    let list = |regions: &[RamRegion]| regions.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+    let (here, there) = (list(&here), list(regions));
+    Err(Fault::Refused(Refusal::new(format!("Its memory is {there}, but this machine's would be {here}"))))
+}
+
+/// Says whose the guest of a session is, and so decides it if it was open.
+fn answer<C: Claims>(session: Uuid, asked: Uuid, claims: &C) -> Result<(Target, Reply), Fault> {
+    if asked != claims.identity() {
+        return Err(Fault::NotAsked);
+    }
+    let stands = claims.claim(session, Claim::NotMine).map_err(|error| Fault::Claims(host_error(error)))?;
+    Ok((Target::Answered(stands), Reply::Last(Frame::Verdict(stands))))
+}
+
+/// Claims the guest, and then lets it run.
+fn take_over<H: TargetHost, C: Claims>(session: Uuid, host: &mut H, claims: &C) -> Result<(), Fault> {
+    // Where it is not certain that the claim stands, the opposite one tells: if it does not stand, the first does.
+    let stands = claims.claim(session, Claim::Mine).or_else(|_| claims.claim(session, Claim::NotMine));
+    match stands.map_err(|error| Fault::Claims(host_error(error)))? {
+        Claim::Mine => host.run().map_err(|error| Fault::NotRunning(host_error(error))),
+        Claim::NotMine => Err(Fault::ClaimedNotMine),
+    }
+}
+
+impl AwaitSeal {
+    /// Checks that all of the guest is here as it was sent, and restores it.
+    fn restore<H: TargetHost>(mut self, seal: &Seal, host: &mut H, at: Moment) -> Result<AwaitGo, Fault> {
+        self.filling.incoming.sealed = at.now;
+        self.filling.check_seal(seal, host, at)?;
+        host.restore(&self.state)
+            .map_err(|error| Fault::Host { step: "restore the guest's state", source: host_error(error) })?;
+        Ok(AwaitGo { incoming: self.filling.incoming })
+    }
+}

@@ -1,0 +1,320 @@
+//! The frames, and their bodies to and from bytes.
+
+use super::cursor::Cursor;
+use super::header::{HEADER_BYTES, Header, Kind, finish};
+use super::pages::Records;
+use super::{FrameError, MAX_BUILD, MAX_MACHINE, MAX_REASON};
+use crate::guest::Claim;
+use crate::region::{MAX_REGION_PAGES, MAX_REGIONS, RamRegion};
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+use vm_memory::GuestAddress;
+use zerocopy::little_endian::{U16, U32, U64};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+/// Whether the guest runs while its memory moves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Mode {
+    /// The guest is paused first, and its memory moves once.
+    Stop,
+    /// The guest runs, and what it changes is sent again, in rounds.
+    Live,
+}
+
+/// One frame, borrowing from the buffer that it was read into.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Frame<'a> {
+    /// The offer.
+    Hello(Hello<'a>),
+    /// The offer is taken.
+    Accept {
+        /// The identity of the target's record of claims.
+        claims: Uuid,
+    },
+    /// The offer is not taken.
+    Refuse {
+        /// Why.
+        reason: &'a str,
+    },
+    /// Pages; the bytes of raw runs follow the frame.
+    Pages(Records<'a>),
+    /// The end of a pass over memory.
+    RoundEnd(RoundEnd),
+    /// The saved state.
+    State(&'a [u8]),
+    /// The last frame before the hand-over.
+    Seal(Seal),
+    /// The target could run the guest.
+    Ready,
+    /// The guest is the target's.
+    Go,
+    /// The guest runs at the target.
+    Running,
+    /// A question about a session.
+    Query {
+        /// The session.
+        session: Uuid,
+        /// The record of claims that can answer.
+        claims: Uuid,
+    },
+    /// The answer to it.
+    Verdict(Claim),
+    /// One end gives up.
+    Abort {
+        /// Why.
+        reason: &'a str,
+    },
+    /// A sign of life.
+    Heartbeat,
+}
+
+/// The offer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Hello<'a> {
+    /// The migration session, made up by the source.
+    pub session: Uuid,
+    /// The guest's identity.
+    pub vm: Uuid,
+    /// Whether the guest runs while its memory moves.
+    pub mode: Mode,
+    /// Whether `Seal` will hold digests of memory.
+    pub verify: bool,
+    /// The build of the source's engine.
+    pub build: &'a str,
+    /// The guest's memory, at most [`MAX_REGIONS`] pieces.
+    pub regions: Vec<RamRegion>,
+    /// The machine in JSON.
+    pub machine: &'a [u8],
+}
+
+/// What a pass over memory held.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RoundEnd {
+    /// The round, from 1.
+    pub round: u32,
+    /// Its pages, zero pages included.
+    pub pages: u64,
+    /// Those of them that were zero.
+    pub zero_pages: u64,
+}
+
+/// The source's account of all it has sent.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Seal {
+    /// How many frames came before.
+    pub frames: u64,
+    /// The digest of their headers and bodies, in order.
+    pub transcript: u64,
+    /// The digest of each region's content, if `Hello` announced it; else empty.
+    pub memory: Vec<u64>,
+}
+
+#[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct WireHello {
+    session: [u8; 16],
+    vm: [u8; 16],
+    mode: u8,
+    verify: u8,
+    regions: U16,
+    build_bytes: U16,
+    reserved: U16,
+    machine_bytes: U32,
+}
+
+#[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct WireRegion {
+    start: U64,
+    pages: U64,
+}
+
+#[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct WireRoundEnd {
+    pages: U64,
+    zero_pages: U64,
+    round: U32,
+}
+
+#[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct WireSeal {
+    frames: U64,
+    transcript: U64,
+}
+
+pub(super) const HELLO_BYTES: usize = size_of::<WireHello>();
+pub(super) const MAX_REGION_BYTES: usize = MAX_REGIONS * size_of::<WireRegion>();
+pub(super) const ROUND_END_BYTES: usize = size_of::<WireRoundEnd>();
+pub(super) const MAX_SEAL_BYTES: usize = size_of::<WireSeal>() + MAX_REGIONS * size_of::<U64>();
+
+impl<'a> Frame<'a> {
+    /// The frame's kind.
+    #[must_use]
+    pub fn kind(&self) -> Kind {
+        match self {
+            Self::Hello(_) => Kind::Hello,
+            Self::Accept { .. } => Kind::Accept,
+            Self::Refuse { .. } => Kind::Refuse,
+            Self::Pages(_) => Kind::Pages,
+            Self::RoundEnd(_) => Kind::RoundEnd,
+            Self::State(_) => Kind::State,
+            Self::Seal(_) => Kind::Seal,
+            Self::Ready => Kind::Ready,
+            Self::Go => Kind::Go,
+            Self::Running => Kind::Running,
+            Self::Query { .. } => Kind::Query,
+            Self::Verdict(_) => Kind::Verdict,
+            Self::Abort { .. } => Kind::Abort,
+            Self::Heartbeat => Kind::Heartbeat,
+        }
+    }
+
+    /// Replaces `out` by the frame's bytes. Reasons that are too long are cut.
+    ///
+    /// # Panics
+    /// If another field is over its bound; the engine checks before it makes a frame.
+    pub fn encode(&self, out: &mut Vec<u8>) {
+        out.clear();
+        out.resize(HEADER_BYTES, 0);
+        match self {
+            Self::Hello(hello) => hello.encode(out),
+            Self::Accept { claims } => out.extend(claims.as_bytes()),
+            Self::Refuse { reason } | Self::Abort { reason } => {
+                out.extend(&reason.as_bytes()[..reason.floor_char_boundary(MAX_REASON)]);
+            }
+            Self::Pages(records) => out.extend(records.as_bytes()),
+            Self::RoundEnd(RoundEnd { round, pages, zero_pages }) => {
+                let (pages, zero_pages, round) = ((*pages).into(), (*zero_pages).into(), (*round).into());
+                out.extend(WireRoundEnd { pages, zero_pages, round }.as_bytes());
+            }
+            Self::State(state) => out.extend(*state),
+            Self::Seal(Seal { frames, transcript, memory }) => {
+                out.extend(WireSeal { frames: (*frames).into(), transcript: (*transcript).into() }.as_bytes());
+                out.extend(memory.iter().flat_map(|digest| digest.to_le_bytes()));
+            }
+            Self::Query { session, claims } => {
+                out.extend(session.as_bytes());
+                out.extend(claims.as_bytes());
+            }
+            Self::Verdict(claim) => out.push(match claim {
+                Claim::NotMine => 0,
+                Claim::Mine => 1,
+            }),
+            Self::Ready | Self::Go | Self::Running | Self::Heartbeat => {}
+        }
+        finish(self.kind(), out);
+    }
+
+    /// Reads the body that belongs to `header`.
+    ///
+    /// # Errors
+    /// [`FrameError`] if the checksum or anything in the body is wrong.
+    pub fn parse(header: &Header, body: &'a [u8]) -> Result<Self, FrameError> {
+        header.check(body)?;
+        let kind = header.kind();
+        let mut cursor = Cursor::new(kind, body);
+        let frame = match kind {
+            Kind::Hello => Self::Hello(Hello::parse(&mut cursor)?),
+            Kind::Accept => Self::Accept { claims: Uuid::from_bytes(*cursor.field()?) },
+            Kind::Refuse => Self::Refuse { reason: cursor.text(cursor.left())? },
+            Kind::Pages => Self::Pages(Records::parse(cursor.bytes(cursor.left())?)?),
+            Kind::RoundEnd => {
+                let WireRoundEnd { pages, zero_pages, round } = cursor.field()?;
+                Self::RoundEnd(RoundEnd { round: round.get(), pages: pages.get(), zero_pages: zero_pages.get() })
+            }
+            Kind::State => Self::State(cursor.bytes(cursor.left())?),
+            Kind::Seal => Self::Seal(Seal::parse(&mut cursor)?),
+            Kind::Ready => Self::Ready,
+            Kind::Go => Self::Go,
+            Kind::Running => Self::Running,
+            Kind::Query => {
+                Self::Query { session: Uuid::from_bytes(*cursor.field()?), claims: Uuid::from_bytes(*cursor.field()?) }
+            }
+            Kind::Verdict => Self::Verdict(match cursor.field::<u8>()? {
+                0 => Claim::NotMine,
+                1 => Claim::Mine,
+                &found => return Err(FrameError::Value { what: "The verdict", kind, found: found.into() }),
+            }),
+            Kind::Abort => Self::Abort { reason: cursor.text(cursor.left())? },
+            Kind::Heartbeat => Self::Heartbeat,
+        };
+        cursor.end()?;
+        Ok(frame)
+    }
+}
+
+impl<'a> Hello<'a> {
+    fn encode(&self, out: &mut Vec<u8>) {
+        const BOUNDED: &str = "the engine bounds what it offers";
+        let Self { session, vm, mode, verify, build, regions, machine } = self;
+        let fixed = WireHello {
+            session: *session.as_bytes(),
+            vm: *vm.as_bytes(),
+            mode: match mode {
+                Mode::Stop => 0,
+                Mode::Live => 1,
+            },
+            verify: u8::from(*verify),
+            regions: u16::try_from(regions.len()).expect(BOUNDED).into(),
+            build_bytes: u16::try_from(build.len()).expect(BOUNDED).into(),
+            reserved: 0.into(),
+            machine_bytes: u32::try_from(machine.len()).expect(BOUNDED).into(),
+        };
+        out.extend(fixed.as_bytes());
+        out.extend(build.as_bytes());
+        for RamRegion { start, pages } in regions {
+            out.extend(WireRegion { start: start.0.into(), pages: (*pages).into() }.as_bytes());
+        }
+        out.extend(*machine);
+    }
+
+    fn parse(cursor: &mut Cursor<'a>) -> Result<Self, FrameError> {
+        let kind = Kind::Hello;
+        let WireHello { session, vm, mode, verify, regions, build_bytes, reserved: _, machine_bytes } =
+            cursor.field()?;
+        let bounded = |what, found: u32, max: usize| {
+            let length = FrameError::Length { what, kind, found: found.into(), max: max as u64 };
+            if found as usize <= max { Ok(found as usize) } else { Err(length) }
+        };
+        let value = |what, found: u8| FrameError::Value { what, kind, found: found.into() };
+        let mode = match mode {
+            0 => Mode::Stop,
+            1 => Mode::Live,
+            &found => return Err(value("The mode", found)),
+        };
+        let verify = match verify {
+            0 => false,
+            1 => true,
+            &found => return Err(value("The wish to verify", found)),
+        };
+        let build = cursor.text(bounded("The build's name", build_bytes.get().into(), MAX_BUILD)?)?;
+        let count = bounded("The number of regions", regions.get().into(), MAX_REGIONS)?;
+        let regions = (0..count).map(|_| parse_region(cursor)).collect::<Result<_, _>>()?;
+        let machine = cursor.bytes(bounded("The machine", machine_bytes.get(), MAX_MACHINE)?)?;
+        let (session, vm) = (Uuid::from_bytes(*session), Uuid::from_bytes(*vm));
+        Ok(Self { session, vm, mode, verify, build, regions, machine })
+    }
+}
+
+fn parse_region(cursor: &mut Cursor<'_>) -> Result<RamRegion, FrameError> {
+    let WireRegion { start, pages } = cursor.field()?;
+    match pages.get() {
+        pages if pages <= MAX_REGION_PAGES => Ok(RamRegion { start: GuestAddress(start.get()), pages }),
+        found => Err(FrameError::Length { what: "A region", kind: Kind::Hello, found, max: MAX_REGION_PAGES }),
+    }
+}
+
+impl Seal {
+    fn parse(cursor: &mut Cursor<'_>) -> Result<Self, FrameError> {
+        let WireSeal { frames, transcript } = cursor.field()?;
+        let (frames, transcript) = (frames.get(), transcript.get());
+        let mut memory = Vec::new();
+        while cursor.left() > 0 {
+            memory.push(cursor.field::<U64>()?.get());
+        }
+        Ok(Self { frames, transcript, memory })
+    }
+}
