@@ -1,0 +1,46 @@
+//! The control API of a running Godwit: what can be asked ([`Request`]), what is answered ([`Reply`]), what happens
+//! by itself ([`Event`]), and the HTTP server and client that carry them over a Unix socket.
+//!
+//! The VMM implements [`Handler`] and starts a [`Server`]; the command line and the tests use [`Client`]. HTTP is a
+//! thin skin: [`routes::ROUTES`] is the one table of paths, and `openapi.json` describes the same paths for others. The
+//! crate knows neither KVM nor migrations: the VMM converts its reports into the types here.
+
+mod address;
+mod client;
+mod error;
+mod event;
+mod metrics;
+mod migration;
+mod millis;
+mod openapi;
+mod phase;
+mod reply;
+mod request;
+pub mod routes;
+mod server;
+mod socket;
+mod sse;
+
+pub use address::{AddressError, PeerAddress};
+pub use client::{After, Client, ClientError, EventStream};
+pub use error::{ApiError, Code, ErrorBody};
+pub use event::{EndReason, Event, Events, Happening};
+pub use metrics::{Family, Label, MetricKind, MetricName, Metrics, Sample, Value};
+pub use migration::{
+    JobId, LastMigration, MigrationMode, MigrationRole, MigrationState, MigrationStatus, MigrationStep, Progress,
+    RoundInfo,
+};
+pub use millis::Millis;
+pub use openapi::OPENAPI;
+pub use phase::{Phase, Refusal, TestRequests, admit};
+pub use reply::{
+    BalloonInfo, DirtyTrackerKind, DiskCounters, DiskInfo, DiskList, JobStarted, NicBackend, NicCounters, NicInfo,
+    NicList, Pulsed, Reply, VmInfo,
+};
+pub use request::{Owner, Pulse, Request, ResolveMigration, SetBalloon, StartMigration, Stop};
+pub use server::{Handler, Limits, Server, ServerError, ServerOptions};
+pub use socket::{ControlSocket, SOCKET_PATH_MAX, SocketError};
+pub use uuid::Uuid;
+
+/// The version of the API, part of every path but `/metrics`.
+pub const API_VERSION: &str = "v1";

@@ -1,0 +1,209 @@
+//! Everything that can be asked of a Godwit, one variant per question, and the bodies that the questions carry.
+//!
+//! Adding a request: a variant here, its line in [`admit`](crate::admit), its row in [`routes`](crate::routes) and in
+//! `openapi.json`, and its arm in the handler; the compiler and the tests name the places that were forgotten. Bodies
+//! refuse unknown fields: a typing error must not silently become a default.
+
+use crate::address::PeerAddress;
+use crate::migration::MigrationMode;
+use serde::{Deserialize, Serialize};
+use std::num::NonZeroU32;
+use std::time::Duration;
+
+/// One request to a Godwit.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Request {
+    /// What is this VM and how is it?
+    ShowVm,
+    /// Stop the vCPUs and devices; the guest keeps its state. Pausing a paused guest changes nothing.
+    Pause,
+    /// Let the guest run on. Resuming a running guest changes nothing.
+    Resume,
+    /// Ask the guest to shut down; see [`Stop`].
+    Stop(Stop),
+    /// End the guest at once, as by pulling the plug.
+    Kill,
+    /// Reset the machine to its power-on state and boot it again.
+    Reset,
+    /// Press the ACPI power button, nothing more.
+    PowerButton,
+    /// What the balloon holds.
+    ShowBalloon,
+    /// Give the balloon another target.
+    SetBalloon(SetBalloon),
+    /// The disks.
+    ListDisks,
+    /// The network interfaces.
+    ListNics,
+    /// Move the guest to another Godwit. Answers at once with the job's id.
+    StartMigration(StartMigration),
+    /// How the current or last migration stands.
+    ShowMigration,
+    /// Cancel the migration; the guest stays at the source.
+    CancelMigration,
+    /// Settle a migration that is in doubt.
+    ResolveMigration(ResolveMigration),
+    /// For tests: save, reset and restore the machine in place.
+    Pulse(Pulse),
+}
+
+/// The body of a stop: press the power button, and perhaps pull the plug later.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Stop {
+    /// Ends the guest by force when it has not powered off after so many seconds. Without it, the guest has all the
+    /// time it wants.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub force_after_s: Option<NonZeroU32>,
+}
+
+/// The body of a change of the balloon's target.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SetBalloon {
+    /// How much memory the balloon should take from the guest.
+    pub target_bytes: u64,
+}
+
+/// The body of the start of a migration.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StartMigration {
+    /// Where the receiving Godwit listens.
+    pub to: PeerAddress,
+    /// Whether the guest runs while its memory moves.
+    #[serde(default = "StartMigration::default_mode")]
+    pub mode: MigrationMode,
+    /// The guest is stopped for the last round only when this downtime is predicted to hold.
+    #[serde(default = "StartMigration::default_max_downtime_ms")]
+    pub max_downtime_ms: NonZeroU32,
+    /// The last round comes after so many rounds at the latest.
+    #[serde(default = "StartMigration::default_max_rounds")]
+    pub max_rounds: NonZeroU32,
+    /// The migration is given up, and the guest stays, when it has not handed over after so many seconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub timeout_s: Option<NonZeroU32>,
+    /// Compares a digest of all memory at both ends before the hand-over. Lengthens the downtime.
+    #[serde(default)]
+    pub verify: bool,
+}
+
+impl StartMigration {
+    /// A migration to `to` with the defaults of the API.
+    #[must_use]
+    pub fn new(to: PeerAddress) -> Self {
+        Self {
+            to,
+            mode: Self::default_mode(),
+            max_downtime_ms: Self::default_max_downtime_ms(),
+            max_rounds: Self::default_max_rounds(),
+            timeout_s: None,
+            verify: false,
+        }
+    }
+
+    /// The goal for the downtime.
+    #[must_use]
+    pub fn max_downtime(&self) -> Duration {
+        Duration::from_millis(self.max_downtime_ms.get().into())
+    }
+
+    /// The limit for the whole migration.
+    #[must_use]
+    pub fn timeout(&self) -> Option<Duration> {
+        self.timeout_s.map(|seconds| Duration::from_secs(seconds.get().into()))
+    }
+
+    const fn default_mode() -> MigrationMode {
+        MigrationMode::Live
+    }
+
+    const fn default_max_downtime_ms() -> NonZeroU32 {
+        const { NonZeroU32::new(50).expect("50 is not 0") }
+    }
+
+    const fn default_max_rounds() -> NonZeroU32 {
+        const { NonZeroU32::new(30).expect("30 is not 0") }
+    }
+}
+
+/// Who owns the guest, in an operator's word.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Owner {
+    /// The guest stays where it was; the target must never run it.
+    Source,
+    /// The guest moved; the source must never run it.
+    Target,
+}
+
+/// The body that settles a migration in doubt. The same word has to be given to both ends.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ResolveMigration {
+    /// Who owns the guest from now on.
+    pub owner: Owner,
+}
+
+/// The body of a pulse.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Pulse {
+    /// How many times in a row.
+    pub times: NonZeroU32,
+}
+
+/// One request of each kind, in the order of [`Request`].
+#[cfg(test)]
+pub(crate) fn samples() -> Vec<Request> {
+    const ONE: NonZeroU32 = NonZeroU32::MIN;
+    vec![
+        Request::ShowVm,
+        Request::Pause,
+        Request::Resume,
+        Request::Stop(Stop { force_after_s: Some(ONE) }),
+        Request::Kill,
+        Request::Reset,
+        Request::PowerButton,
+        Request::ShowBalloon,
+        Request::SetBalloon(SetBalloon { target_bytes: 64 << 20 }),
+        Request::ListDisks,
+        Request::ListNics,
+        Request::StartMigration(StartMigration::new(PeerAddress::Unix("/run/in.sock".into()))),
+        Request::ShowMigration,
+        Request::CancelMigration,
+        Request::ResolveMigration(ResolveMigration { owner: Owner::Target }),
+        Request::Pulse(Pulse { times: ONE }),
+    ]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn defaults_of_a_migration() {
+        let parsed: StartMigration = serde_json::from_str(r#"{"to":"unix:/run/in.sock"}"#).unwrap();
+        assert_eq!(parsed, StartMigration::new("unix:/run/in.sock".parse().unwrap()));
+        assert_eq!(parsed.max_downtime(), Duration::from_millis(50));
+        assert_eq!(parsed.timeout(), None);
+    }
+
+    #[test]
+    fn wrong_bodies_are_refused_with_the_field() {
+        for (body, part) in [
+            (r#"{"to":"unix:/x","max_round":3}"#, "unknown field `max_round`"),
+            (r#"{"to":"host:1"}"#, "no known scheme"),
+            (r#"{"mode":"live"}"#, "missing field `to`"),
+            (r#"{"to":"unix:/x","mode":"quick"}"#, "unknown variant `quick`, expected `live` or `stop`"),
+            (r#"{"to":"unix:/x","max_rounds":0}"#, "expected a nonzero u32"),
+            (r#"{"to":"unix:/x","timeout_s":-1}"#, "-1"),
+        ] {
+            let error = serde_json::from_str::<StartMigration>(body).unwrap_err().to_string();
+            assert!(error.contains(part), "{body}: {error}");
+        }
+        assert!(serde_json::from_str::<SetBalloon>(r#"{"target_bytes":1.5}"#).is_err());
+        assert!(serde_json::from_str::<ResolveMigration>(r#"{"owner":"both"}"#).is_err());
+        assert!(serde_json::from_str::<Pulse>(r#"{"times":0}"#).is_err());
+    }
+}
