@@ -1,0 +1,96 @@
+//! Values on the command line: sizes with a unit, and `key=value,…` lists.
+
+use std::collections::BTreeMap;
+
+/// Reads a size such as `512M`, `2GiB` or `1048576`, in bytes. Units are powers of 1024: K, M, G, T.
+pub(crate) fn size(text: &str) -> Result<u64, String> {
+    let digits = text.len() - text.trim_start_matches(|c: char| c.is_ascii_digit()).len();
+    let (number, unit) = text.split_at(digits);
+    let unit = unit.to_ascii_lowercase();
+    let shift = match unit.strip_suffix("ib").or_else(|| unit.strip_suffix('b')).unwrap_or(&unit) {
+        "" => 0,
+        "k" => 10,
+        "m" => 20,
+        "g" => 30,
+        "t" => 40,
+        _ => return Err(format!("{text:?} has an unknown unit; write for example 512M or 2G")),
+    };
+    let number: u64 = number.parse().map_err(|_| format!("{text:?} is not a size; write for example 512M or 2G"))?;
+    number.checked_mul(1 << shift).ok_or_else(|| format!("{text:?} is more than 64 bits hold"))
+}
+
+/// A `key=value,key=value,flag` list, whose keys are taken one by one and whose rest is an error.
+#[derive(Debug)]
+pub(crate) struct Settings {
+    option: &'static str,
+    values: BTreeMap<String, String>,
+}
+
+impl Settings {
+    /// Reads the list given to `option`. A key without a value is a flag and reads as `on`.
+    pub(crate) fn parse(option: &'static str, text: &str) -> Result<Self, String> {
+        let mut values = BTreeMap::new();
+        for part in text.split(',').filter(|part| !part.is_empty()) {
+            let (key, value) = part.split_once('=').unwrap_or((part, "on"));
+            if values.insert(key.to_owned(), value.to_owned()).is_some() {
+                return Err(format!("{option} {text:?} has {key} twice"));
+            }
+        }
+        Ok(Self { option, values })
+    }
+
+    /// The value of `key`, if it is in the list.
+    pub(crate) fn take(&mut self, key: &str) -> Option<String> {
+        self.values.remove(key)
+    }
+
+    /// The value of `key`, which must be in the list.
+    pub(crate) fn require(&mut self, key: &str) -> Result<String, String> {
+        self.take(key).ok_or_else(|| format!("{} needs {key}=…", self.option))
+    }
+
+    /// Whether the flag `key` is on.
+    pub(crate) fn flag(&mut self, key: &str) -> Result<bool, String> {
+        match self.take(key).as_deref() {
+            None | Some("off") => Ok(false),
+            Some("on") => Ok(true),
+            Some(other) => Err(format!("{} {key}={other:?} is neither on nor off", self.option)),
+        }
+    }
+
+    /// Ends the reading: no key may be left.
+    pub(crate) fn finish(self, known: &str) -> Result<(), String> {
+        match self.values.keys().next() {
+            None => Ok(()),
+            Some(key) => Err(format!("{} does not know {key:?}; it takes {known}", self.option)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes() {
+        for (text, bytes) in
+            [("4096", 4096), ("64k", 65536), ("512M", 512 << 20), ("2GiB", 2 << 30), ("1tb", 1 << 40), ("0", 0)]
+        {
+            assert_eq!(size(text), Ok(bytes), "{text}");
+        }
+        for text in ["", "M", "1.5G", "-1", "12 M", "5x", "99999999999T"] {
+            assert!(size(text).unwrap_err().contains(text), "{text}");
+        }
+    }
+
+    #[test]
+    fn settings_are_taken_and_the_rest_is_named() {
+        let mut disk = Settings::parse("--disk", "path=/a.img,readonly,id=data").unwrap();
+        assert_eq!(disk.require("path").unwrap(), "/a.img");
+        assert!(disk.flag("readonly").unwrap());
+        assert_eq!(disk.finish("path, id, readonly").unwrap_err(), "--disk does not know \"id\"; it takes path, id, readonly");
+        assert!(Settings::parse("--disk", "path=/a,path=/b").unwrap_err().contains("path twice"));
+        assert!(Settings::parse("--disk", "").unwrap().require("path").unwrap_err().contains("needs path="));
+        assert!(Settings::parse("--disk", "readonly=yes").unwrap().flag("readonly").is_err());
+    }
+}

@@ -1,0 +1,171 @@
+//! The commands that follow events: `watch`, `stop`, and `migrate` with a progress bar for each round.
+
+use crate::args::{Migrate, Status, Stop};
+use crate::client::ask;
+use crate::show;
+use anyhow::{Context, bail};
+use control::{
+    After, Client, EventStream, Happening, JobId, MigrationMode, MigrationState, Millis, Progress, Reply, Request,
+    RoundInfo, StartMigration,
+};
+use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
+use serde::Serialize;
+
+/// The size of a guest page, in bytes.
+const PAGE: u64 = 4096;
+
+/// Prints events until the Godwit ends.
+pub(crate) fn watch(status: &Status) -> anyhow::Result<u8> {
+    for event in Client::new(&status.client.api).events(After::Now)? {
+        let event = event?;
+        if status.json {
+            show::json(&event)?;
+        } else {
+            println!("{:>6}  {}  {}", event.sequence, event.what.name(), serde_json::to_string(&event.what)?);
+        }
+    }
+    Ok(0)
+}
+
+/// Presses the power button and waits for the guest's end.
+pub(crate) fn stop(stop: &Stop) -> anyhow::Result<u8> {
+    let events = Client::new(&stop.client.api).events(After::Now)?;
+    ask(&stop.client, &Request::Stop(control::Stop { force_after_s: stop.force_after }))?;
+    for event in events {
+        match event {
+            Ok(event) => {
+                if let Happening::GuestEnded { message, .. } = event.what {
+                    eprintln!("godwit: {message}");
+                    return Ok(0);
+                }
+            }
+            Err(error) => return Err(error).context("The guest was asked to stop, but whether it did is not known"),
+        }
+    }
+    Ok(0)
+}
+
+/// What `migrate --json` prints.
+#[derive(Debug, Serialize)]
+struct Summary {
+    mode: MigrationMode,
+    state: MigrationState,
+    rounds: usize,
+    bytes: u64,
+    total_ms: Millis,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    downtime_ms: Option<Millis>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    error: Option<String>,
+}
+
+/// Starts a migration and follows it to its end.
+pub(crate) fn migrate(migrate: &Migrate) -> anyhow::Result<u8> {
+    let client = &migrate.read.client;
+    let events = Client::new(&client.api).events(After::Now)?;
+    let request = Request::StartMigration(StartMigration {
+        mode: migrate.mode.into(),
+        max_downtime_ms: migrate.max_downtime,
+        max_rounds: migrate.max_rounds,
+        timeout_s: migrate.timeout,
+        verify: migrate.verify,
+        ..StartMigration::new(migrate.to.clone())
+    });
+    let Reply::Started(started) = ask(client, &request)? else { bail!("The migration was not started") };
+    let bars = (!migrate.read.json).then(Bars::default);
+    let summary = follow(events, started.job, migrate.mode.into(), bars)?;
+    if migrate.read.json {
+        show::json(&summary)?;
+    } else {
+        tell(&summary);
+    }
+    Ok(u8::from(summary.state != MigrationState::Completed))
+}
+
+fn follow(
+    events: EventStream,
+    job: JobId,
+    mode: MigrationMode,
+    mut bars: Option<Bars>,
+) -> anyhow::Result<Summary> {
+    let mut rounds = Vec::new();
+    for event in events {
+        let event = event.context("The migration was started, but its end is not known; ask `godwit status`")?;
+        match event.what {
+            Happening::MigrationProgress { job: of, progress } if of == job => {
+                bars.iter_mut().for_each(|bars| bars.progress(&progress));
+            }
+            Happening::RoundEnded { job: of, round } if of == job => {
+                bars.iter_mut().for_each(|bars| bars.round_done(&round));
+                rounds.push(round);
+            }
+            Happening::MigrationEnded { job: of, state, downtime_ms, total_ms, error } if of == job => {
+                bars.iter_mut().for_each(Bars::end);
+                let bytes = rounds.iter().map(|round| round.bytes).sum();
+                return Ok(Summary { mode, state, rounds: rounds.len(), bytes, total_ms, downtime_ms, error });
+            }
+            _ => {}
+        }
+    }
+    bail!("The Godwit ended before it told the end of the migration")
+}
+
+fn tell(summary: &Summary) {
+    let Summary { mode, state, rounds, bytes, total_ms, downtime_ms, error } = summary;
+    let downtime = downtime_ms.map_or_else(String::new, |downtime| format!(", downtime {downtime}"));
+    println!(
+        "{} migration {}: {rounds} rounds, {}, {total_ms}{downtime}",
+        show::word(mode),
+        show::word(state),
+        HumanBytes(*bytes)
+    );
+    if let Some(error) = error {
+        eprintln!("godwit: {error}");
+    }
+}
+
+/// One progress bar a round.
+#[derive(Debug, Default)]
+struct Bars {
+    bar: Option<(u32, ProgressBar)>,
+}
+
+impl Bars {
+    fn progress(&mut self, progress: &Progress) {
+        let Progress { round, remaining_bytes, bytes_per_second, .. } = progress;
+        if *round == 0 {
+            return;
+        }
+        let bar = self.of_round(*round);
+        // The round's whole is known at its first word.
+        let length = bar.length().unwrap_or(0).max(*remaining_bytes);
+        bar.set_length(length);
+        bar.set_position(length - remaining_bytes);
+        bar.set_message(format!("{}/s", HumanBytes(*bytes_per_second)));
+    }
+
+    fn round_done(&mut self, round: &RoundInfo) {
+        let bar = self.of_round(round.round);
+        bar.set_length(round.pages * PAGE);
+        bar.set_position(round.pages * PAGE);
+        bar.finish_with_message(format!("{} sent in {}", HumanBytes(round.bytes), round.duration_ms));
+    }
+
+    fn of_round(&mut self, round: u32) -> &ProgressBar {
+        if self.bar.as_ref().is_none_or(|(of, _)| *of != round) {
+            let style = ProgressStyle::with_template("{prefix} [{bar:30}] {bytes}/{total_bytes} {msg}")
+                .unwrap_or_else(|_| ProgressStyle::default_bar());
+            let bar = ProgressBar::new(0).with_style(style).with_prefix(format!("round {round:>2}"));
+            self.bar = Some((round, bar));
+        }
+        &self.bar.as_ref().expect("made above").1
+    }
+
+    fn end(&mut self) {
+        if let Some((_, bar)) = self.bar.take()
+            && !bar.is_finished()
+        {
+            bar.abandon();
+        }
+    }
+}

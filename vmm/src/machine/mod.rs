@@ -1,0 +1,340 @@
+//! One guest's machine, assembled: made empty, started by power-on or from saved state, then led as a whole.
+//!
+//! ```text
+//! EmptyMachine --power_on--> Machine (stands) <--run / stand--> Machine (runs)
+//!             \--restore--->                  --save--> SavedState
+//! ```
+//! The service leads it; while it migrates, the migration owns it. Order is everything here. To stand: vCPUs first, then
+//! devices, so that nobody asks a device that does not answer. To run: devices first, then vCPUs. To save: after both
+//! stand. To drop: vCPUs, devices, VM.
+
+mod chassis;
+mod ends;
+mod error;
+mod fittings;
+mod line;
+mod resources;
+
+pub use ends::EndListener;
+pub use error::MachineError;
+pub use line::{LineError, SerialLine};
+pub use resources::{DiskLocks, ResourceError, Resources};
+
+use crate::acpi;
+use crate::boot::{self, entry};
+use crate::config::MachineConfig;
+use crate::cpuid;
+use crate::kvm::KvmHost;
+use crate::memory::GuestMemory;
+use crate::state::{self, CpuidEntryV1};
+use crate::vcpu::{GuestEnd, VcpuEvents, Vcpus};
+use chassis::Chassis;
+use devices::Device;
+use devices::virtio::balloon::Balloon;
+use devices::virtio::blk::Blk;
+use devices::virtio::mmio::Mmio;
+use devices::virtio::net::Net;
+use ends::Ends;
+use fittings::{Fittings, Origin};
+use kvm_ioctls::VcpuFd;
+use migration::DirtyLedger;
+use saved::SavedState;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// How long a vCPU may take to leave the guest, and a device to complete what is in flight.
+const STAND_WITHIN: Duration = Duration::from_secs(5);
+
+/// A VM with memory and host resources, in which no guest is yet.
+#[derive(Debug)]
+pub struct EmptyMachine {
+    config: MachineConfig,
+    vcpus: Vec<VcpuFd>,
+    chassis: Chassis,
+    resources: Resources,
+    line: Arc<SerialLine>,
+    ends: Arc<Ends>,
+}
+
+impl EmptyMachine {
+    /// Makes the VM of a validated `config`, with fresh memory. `listener` hears of the guest's end.
+    ///
+    /// # Errors
+    /// [`MachineError`] if the host lacks something.
+    pub fn new(
+        host: &KvmHost,
+        config: MachineConfig,
+        resources: Resources,
+        line: Arc<SerialLine>,
+        listener: EndListener,
+    ) -> Result<Self, MachineError> {
+        let memory = GuestMemory::create(config.memory.bytes, config.memory.huge_pages)?;
+        Self::around(host, config, memory, resources, line, listener)
+    }
+
+    fn around(
+        host: &KvmHost,
+        config: MachineConfig,
+        memory: GuestMemory,
+        resources: Resources,
+        line: Arc<SerialLine>,
+        listener: EndListener,
+    ) -> Result<Self, MachineError> {
+        let (chassis, vcpus) = Chassis::build(host, &config, memory)?;
+        let ends = Arc::new(Ends::new(listener, Arc::clone(&chassis.tracker)));
+        Ok(Self { config, vcpus, chassis, resources, line, ends })
+    }
+
+    /// The machine's memory, to be filled.
+    #[must_use]
+    pub fn memory(&self) -> &GuestMemory {
+        self.chassis.memory()
+    }
+
+    /// Loads the kernel and brings vCPUs and devices to where firmware would leave them. The machine stands.
+    ///
+    /// # Errors
+    /// [`MachineError`]; a file that cannot be booted is named in it.
+    pub fn power_on(self, host: &KvmHost) -> Result<Machine, MachineError> {
+        let ram = self.chassis.memory().ram();
+        let rsdp = acpi::write_tables(ram, &self.config)?;
+        let entry = boot::load(ram, &self.config.boot, rsdp)?;
+        let supported = host.supported_cpuid()?;
+        let mut boot_cpuid = Vec::new();
+        for (id, vcpu) in (0..).zip(&self.vcpus) {
+            let table = cpuid::for_vcpu(&supported, &self.config.cpus, id)?;
+            if id == 0 {
+                boot_cpuid = table.as_slice().iter().map(CpuidEntryV1::from).collect();
+            }
+            vcpu.set_cpuid2(&table).map_err(|source| MachineError::Kvm { action: "set the CPUID of a vCPU", source })?;
+            entry::set_firmware_state(vcpu)?;
+        }
+        if let Some(boot_vcpu) = self.vcpus.first() {
+            entry::set_registers(boot_vcpu, &entry)?;
+        }
+        self.assemble(Origin::PowerOn, boot_cpuid)
+    }
+
+    /// Restores vCPUs, chips and devices from `state`, of which nothing may be left over. The machine stands. Memory was
+    /// filled before. `cpuid` is what the guest was started with, to be told to the next target.
+    ///
+    /// # Errors
+    /// [`MachineError`] if the state is not one of this machine.
+    pub fn restore(self, mut state: SavedState, cpuid: Vec<CpuidEntryV1>) -> Result<Machine, MachineError> {
+        let machine = self.assemble(Origin::Saved(&mut state), cpuid)?;
+        let Chassis { slots, tracker: _, facts } = &machine.chassis;
+        state::restore(slots.vm(), &machine.vcpus, facts, &mut state)?;
+        state.finish()?;
+        Ok(machine)
+    }
+
+    fn assemble(self, origin: Origin<'_>, cpuid: Vec<CpuidEntryV1>) -> Result<Machine, MachineError> {
+        let Self { config, vcpus, chassis, resources, line, ends } = self;
+        let starts = matches!(origin, Origin::PowerOn);
+        let (fittings, buses) = Fittings::build(&chassis, &config, resources, origin, &line, &ends)?;
+        let vcpus = Vcpus::spawn(vcpus, &Arc::new(buses), &(Arc::clone(&ends) as Arc<dyn VcpuEvents>))?;
+        let machine = Machine { vcpus, fittings, line, chassis, ends, config, cpuid, stance: Stance::Standing };
+        if starts {
+            // Devices from saved state stand already; these are made to, so that both kinds are led alike from here.
+            machine.quiesce_devices()?;
+        }
+        Ok(machine)
+    }
+}
+
+/// Whether vCPUs and devices work.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stance {
+    Running,
+    Standing,
+}
+
+/// A machine with a guest in it.
+#[derive(Debug)]
+pub struct Machine {
+    // In the order in which they must be dropped.
+    vcpus: Vcpus,
+    fittings: Fittings,
+    line: Arc<SerialLine>,
+    chassis: Chassis,
+    ends: Arc<Ends>,
+    config: MachineConfig,
+    cpuid: Vec<CpuidEntryV1>,
+    stance: Stance,
+}
+
+impl Machine {
+    /// What the machine is.
+    #[must_use]
+    pub fn config(&self) -> &MachineConfig {
+        &self.config
+    }
+
+    /// What CPUID told the boot vCPU when the guest started.
+    #[must_use]
+    pub fn cpuid(&self) -> &[CpuidEntryV1] {
+        &self.cpuid
+    }
+
+    /// Its memory.
+    #[must_use]
+    pub fn memory(&self) -> &GuestMemory {
+        self.chassis.memory()
+    }
+
+    /// Whether vCPUs and devices work.
+    #[must_use]
+    pub fn is_running(&self) -> bool {
+        self.stance == Stance::Running
+    }
+
+    /// How the guest ended, if it has.
+    #[must_use]
+    pub fn ended(&self) -> Option<&GuestEnd> {
+        self.ends.first()
+    }
+
+    /// Lets devices and vCPUs work. Nothing happens if they do.
+    pub fn run(&mut self) {
+        if self.stance == Stance::Standing {
+            self.fittings.each().for_each(Device::resume);
+            self.vcpus.run();
+            self.stance = Stance::Running;
+        }
+    }
+
+    /// Makes vCPUs and devices stand; nothing of this process touches the guest from then on. Nothing happens if they
+    /// stand.
+    ///
+    /// # Errors
+    /// [`MachineError`] if one does not stand in time; all run on then.
+    pub fn stand(&mut self) -> Result<(), MachineError> {
+        if self.stance == Stance::Running {
+            self.vcpus.park(STAND_WITHIN)?;
+            if let Err(error) = self.quiesce_devices() {
+                self.vcpus.run();
+                return Err(error);
+            }
+            self.stance = Stance::Standing;
+        }
+        Ok(())
+    }
+
+    fn quiesce_devices(&self) -> Result<(), MachineError> {
+        for (index, device) in self.fittings.each().enumerate() {
+            if let Err(error) = device.quiesce(STAND_WITHIN) {
+                self.fittings.each().take(index).for_each(Device::resume);
+                return Err(error.into());
+            }
+        }
+        Ok(())
+    }
+
+    /// The state of everything but memory. The machine stands.
+    ///
+    /// # Errors
+    /// [`MachineError`] if a piece cannot be read; the machine is as before.
+    pub fn save(&self) -> Result<SavedState, MachineError> {
+        let mut state = SavedState::new();
+        let Chassis { slots, tracker: _, facts } = &self.chassis;
+        state::save(slots.vm(), &self.vcpus, facts, &mut state)?;
+        for device in self.fittings.each() {
+            device.save(&mut state)?;
+        }
+        Ok(state)
+    }
+
+    /// Saves the machine, takes it apart, and makes a new VM of the saved state around the same memory, taps and console:
+    /// what a migration does, without another host. Gives the machine, which stands, and the state's length in bytes.
+    ///
+    /// # Errors
+    /// [`MachineError`]; the guest is lost then, so this is for tests.
+    pub fn pulse(mut self, host: &KvmHost, listener: EndListener) -> Result<(Self, u64), MachineError> {
+        self.stand()?;
+        let state = self.save()?.encode();
+        let Self { vcpus, fittings, line, chassis, ends: _, config, cpuid, stance: _ } = self;
+        let (memory, taps) = (chassis.memory().clone(), fittings.duplicate_taps()?);
+        drop((vcpus, fittings, chassis));
+        let disks = Resources::open_disks(&config, DiskLocks::Take)?;
+        let machine = EmptyMachine::around(host, config, memory, Resources { disks, taps }, line, listener)?;
+        let bytes = state.len() as u64;
+        Ok((machine.restore(SavedState::decode(&state)?, cpuid)?, bytes))
+    }
+
+    /// Starts to log the pages that anyone changes.
+    ///
+    /// # Errors
+    /// [`MachineError`] if KVM or an accelerator refuses.
+    pub fn start_dirty_log(&self) -> Result<(), MachineError> {
+        self.chassis.tracker.start()?;
+        self.fittings.each().try_for_each(|device| device.log_dirty(true)).map_err(MachineError::from)
+    }
+
+    /// Marks the pages that changed since the last harvest: by KVM's word, by this process, by accelerators.
+    ///
+    /// # Errors
+    /// [`MachineError`] if KVM refuses.
+    pub fn harvest_dirty(&self, ledger: &mut DirtyLedger) -> Result<(), MachineError> {
+        self.chassis.tracker.harvest(ledger)?;
+        self.memory().harvest_writes(ledger);
+        for device in self.fittings.each() {
+            device.harvest_dirty(&mut |gpa| {
+                if let Some((region, page)) = self.memory().page_at(gpa) {
+                    ledger.mark(region, page.0);
+                }
+            });
+        }
+        Ok(())
+    }
+
+    /// Stops the log.
+    ///
+    /// # Errors
+    /// [`MachineError`] if KVM or an accelerator refuses; everything was tried.
+    pub fn stop_dirty_log(&self) -> Result<(), MachineError> {
+        let devices = self.fittings.each().map(|device| device.log_dirty(false)).fold(Ok(()), Result::and);
+        self.chassis.tracker.stop()?;
+        Ok(devices?)
+    }
+
+    /// Gives up what only one host may hold. The machine stands.
+    pub fn release(&self) {
+        self.fittings.each().for_each(Device::release);
+    }
+
+    /// Takes back what [`release`](Self::release) gave up.
+    ///
+    /// # Errors
+    /// [`MachineError`] if another host holds something.
+    pub fn reacquire(&self) -> Result<(), MachineError> {
+        Ok(self.fittings.each().try_for_each(Device::reacquire)?)
+    }
+
+    /// Tells the world that the guest is here now.
+    pub fn announce(&self) {
+        self.fittings.each().for_each(Device::announce);
+    }
+
+    /// Presses the power button.
+    pub fn press_power_button(&self) {
+        self.fittings.power.press_power_button();
+    }
+
+    /// The balloon, if the machine has one.
+    #[must_use]
+    pub fn balloon(&self) -> Option<&Arc<Mmio<Balloon>>> {
+        self.fittings.balloon.as_ref()
+    }
+
+    /// The disks, in the order of the configuration.
+    #[must_use]
+    pub fn disks(&self) -> &[Arc<Mmio<Blk>>] {
+        &self.fittings.disks
+    }
+
+    /// The NICs, in the order of the configuration.
+    #[must_use]
+    pub fn nics(&self) -> &[Arc<Mmio<Net>>] {
+        &self.fittings.nics
+    }
+}

@@ -1,0 +1,190 @@
+//! Where migrations come from and go to: dialling a target, and listening as one.
+
+use super::link::{SocketLink, poll};
+use control::{ControlSocket, PeerAddress, SocketError};
+use std::io;
+use std::net::{TcpListener, TcpStream, ToSocketAddrs};
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+use thiserror::Error;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+/// How long each address of a target may take to answer.
+const DIAL_WITHIN: Duration = Duration::from_secs(10);
+
+/// How long `accept` sleeps when nobody comes; only its end needs it.
+const ACCEPT_WAIT: Duration = Duration::from_secs(3600);
+
+/// Why there is no connection.
+#[derive(Debug, Error)]
+pub enum AddressUseError {
+    /// The target does not answer.
+    #[error("No Godwit can be reached at {address}; start `godwit receive {address}` there, and check the network")]
+    Unreachable {
+        /// The target.
+        address: PeerAddress,
+        /// What the host said.
+        #[source]
+        source: io::Error,
+    },
+    /// The name has no address.
+    #[error("The host name in {address} is not known")]
+    UnknownHost {
+        /// The target.
+        address: PeerAddress,
+    },
+    /// Nobody can wait here.
+    #[error("Cannot wait for migrations at {address}")]
+    Listen {
+        /// The address.
+        address: PeerAddress,
+        /// What the host said.
+        #[source]
+        source: io::Error,
+    },
+    /// The Unix socket cannot be made.
+    #[error(transparent)]
+    Socket(#[from] SocketError),
+}
+
+/// Connects to the Godwit that waits at `address`.
+///
+/// # Errors
+/// [`AddressUseError`], with what to do.
+pub fn dial(address: &PeerAddress) -> Result<SocketLink, AddressUseError> {
+    let unreachable = |source| AddressUseError::Unreachable { address: address.clone(), source };
+    match address {
+        PeerAddress::Unix(path) => UnixStream::connect(path).map(SocketLink::from).map_err(unreachable),
+        PeerAddress::Tcp { host, port } => {
+            let unknown = || AddressUseError::UnknownHost { address: address.clone() };
+            let mut last = unknown();
+            for candidate in (host.as_str(), *port).to_socket_addrs().map_err(|_| unknown())? {
+                match TcpStream::connect_timeout(&candidate, DIAL_WITHIN).and_then(SocketLink::try_from) {
+                    Ok(link) => return Ok(link),
+                    Err(source) => last = unreachable(source),
+                }
+            }
+            Err(last)
+        }
+    }
+}
+
+/// A place where sources can connect. A Unix socket's file goes when this is dropped.
+#[derive(Debug)]
+pub struct Listener {
+    socket: Socket,
+    end: EventFd,
+}
+
+#[derive(Debug)]
+enum Socket {
+    Tcp(TcpListener),
+    Unix(ControlSocket),
+}
+
+impl Listener {
+    /// Listens at `address`. Port 0 is any that is free.
+    ///
+    /// # Errors
+    /// [`AddressUseError`], with what to do.
+    pub fn bind(address: &PeerAddress) -> Result<Self, AddressUseError> {
+        let refused = |source| AddressUseError::Listen { address: address.clone(), source };
+        let socket = match address {
+            PeerAddress::Unix(path) => Socket::Unix(ControlSocket::bind(path)?),
+            PeerAddress::Tcp { host, port } => {
+                let listener = TcpListener::bind((host.as_str(), *port)).map_err(refused)?;
+                listener.set_nonblocking(true).map_err(refused)?;
+                Socket::Tcp(listener)
+            }
+        };
+        Ok(Self { socket, end: EventFd::new(EFD_NONBLOCK).map_err(refused)? })
+    }
+
+    /// Where it listens, with the port that was chosen.
+    #[must_use]
+    pub fn address(&self) -> PeerAddress {
+        match &self.socket {
+            Socket::Unix(socket) => PeerAddress::Unix(socket.path().to_owned()),
+            Socket::Tcp(listener) => listener.local_addr().map_or_else(
+                |_| PeerAddress::Tcp { host: String::new(), port: 0 },
+                |address| PeerAddress::Tcp { host: address.ip().to_string(), port: address.port() },
+            ),
+        }
+    }
+
+    /// Waits for a source; `None` once [`end`](Self::end) was called.
+    ///
+    /// # Errors
+    /// The host's refusal.
+    pub fn accept(&self) -> io::Result<Option<SocketLink>> {
+        loop {
+            let socket = match &self.socket {
+                Socket::Tcp(listener) => listener.as_raw_fd(),
+                Socket::Unix(socket) => socket.listener().as_raw_fd(),
+            };
+            let [_, ended] = poll([(socket, libc::POLLIN), (self.end.as_raw_fd(), libc::POLLIN)], ACCEPT_WAIT)?;
+            if ended {
+                return Ok(None);
+            }
+            let accepted = match &self.socket {
+                Socket::Tcp(listener) => listener.accept().and_then(|(stream, _)| SocketLink::try_from(stream)),
+                Socket::Unix(socket) => socket.listener().accept().map(|(stream, _)| SocketLink::from(stream)),
+            };
+            match accepted {
+                Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::ConnectionAborted) => {}
+                accepted => return accepted.map(Some),
+            }
+        }
+    }
+
+    /// Makes `accept` give up, now and ever after.
+    pub fn end(&self) {
+        // The only refusal is a counter at its end, and then the end is known.
+        let _ = self.end.write(1);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use migration::Link;
+
+    fn meets(address: &str) {
+        let listener = Listener::bind(&address.parse().unwrap()).unwrap();
+        let mut near = dial(&listener.address()).unwrap();
+        let mut far = listener.accept().unwrap().unwrap();
+        near.send(b"x", &[]).unwrap();
+        let mut byte = [0];
+        far.receive(&mut byte).unwrap();
+        assert_eq!(&byte, b"x");
+        let cutter = far.cutter().unwrap();
+        let waits = std::thread::spawn(move || far.receive(&mut [0]));
+        cutter.cut();
+        assert!(waits.join().unwrap().is_err());
+        listener.end();
+        assert!(listener.accept().unwrap().is_none());
+    }
+
+    #[test]
+    fn both_kinds_of_socket_meet() {
+        let dir = tempfile::tempdir().unwrap();
+        meets("tcp://127.0.0.1:0");
+        meets(&format!("unix:{}/m.sock", dir.path().display()));
+        assert!(!dir.path().join("m.sock").exists());
+    }
+
+    #[test]
+    fn nobody_there_says_what_to_start() {
+        for address in ["tcp://127.0.0.1:1", "unix:/nonexistent/m.sock"] {
+            let error = dial(&address.parse().unwrap()).unwrap_err();
+            assert!(error.to_string().contains(&format!("godwit receive {address}")), "{error}");
+        }
+    }
+
+    #[test]
+    fn an_address_in_use_is_refused() {
+        let listener = Listener::bind(&"tcp://127.0.0.1:0".parse().unwrap()).unwrap();
+        assert!(matches!(Listener::bind(&listener.address()), Err(AddressUseError::Listen { .. })));
+    }
+}

@@ -1,0 +1,171 @@
+//! A machine on its way in: what the migration engine does with this host at the target.
+
+use super::offer::MachineOffer;
+use crate::config::{ConfigError, HostLimits, HostResources, MachineConfig};
+use crate::cpuid;
+use crate::kvm::KvmHost;
+use crate::machine::{DiskLocks, EmptyMachine, EndListener, Machine, MachineError, Resources, SerialLine};
+use crate::memory::MemoryError;
+use crate::state::CpuidEntryV1;
+use migration::{GuestPages, Offer, PageRun, RamRegion, Refusal, TargetHost, in_words};
+use saved::{SavedError, SavedState};
+use std::fmt;
+use std::sync::Arc;
+use thiserror::Error;
+use vm_memory::VolatileSlice;
+
+/// Why the machine does not come to life here.
+#[derive(Debug, Error)]
+pub enum ArriveError {
+    /// The machine.
+    #[error(transparent)]
+    Machine(#[from] MachineError),
+    /// Its memory.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// The saved state is malformed.
+    #[error(transparent)]
+    Saved(#[from] SavedError),
+    /// The engine asked for something out of order.
+    #[error("No machine is being received")]
+    NothingHere,
+}
+
+/// Why this host does not want a machine.
+#[derive(Debug, Error)]
+enum Unsuited {
+    #[error("The machine's description is not one of this version")]
+    Description(#[from] serde_json::Error),
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    #[error("The target's CPU lacks what the guest was started with: {}", .0.join(", "))]
+    Cpu(Vec<String>),
+    #[error(transparent)]
+    Machine(#[from] MachineError),
+    #[error("The memory regions offered are not those of a machine with {bytes} bytes of memory")]
+    Regions { bytes: u64 },
+}
+
+/// How far an incoming machine is.
+#[derive(Debug)]
+enum Stage {
+    Nothing,
+    Empty { machine: Box<EmptyMachine>, cpuid: Vec<CpuidEntryV1>, running: bool },
+    Restored { machine: Box<Machine>, running: bool },
+}
+
+/// This host, as it waits for one machine.
+pub struct Arriving {
+    host: Arc<KvmHost>,
+    resources: HostResources,
+    line: Arc<SerialLine>,
+    listener: EndListener,
+    prepared: Box<dyn FnMut(&MachineConfig) + Send>,
+    stage: Stage,
+}
+
+impl fmt::Debug for Arriving {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Arriving").field("stage", &self.stage).finish_non_exhaustive()
+    }
+}
+
+impl Arriving {
+    /// A host that lays `resources` over what a machine brings along. `listener` hears of the guest's end, and `prepared`
+    /// of each machine that is let in.
+    #[must_use]
+    pub fn new(
+        host: Arc<KvmHost>,
+        resources: HostResources,
+        line: Arc<SerialLine>,
+        listener: EndListener,
+        prepared: Box<dyn FnMut(&MachineConfig) + Send>,
+    ) -> Self {
+        Self { host, resources, line, listener, prepared, stage: Stage::Nothing }
+    }
+
+    /// The machine that arrived.
+    #[must_use]
+    pub fn into_machine(self) -> Option<Machine> {
+        match self.stage {
+            Stage::Restored { machine, running: _ } => Some(*machine),
+            Stage::Nothing | Stage::Empty { .. } => None,
+        }
+    }
+
+    fn build(&mut self, offer: &Offer<'_>) -> Result<Stage, Unsuited> {
+        let MachineOffer { machine, cpuid, running } = serde_json::from_slice(offer.machine)?;
+        let config = machine.with_host_resources(&self.resources)?;
+        config.validate()?;
+        config.validate_for(HostLimits::of(&self.host.capabilities())?)?;
+        let supported = self.host.supported_cpuid().map_err(MachineError::from)?;
+        cpuid::check_compatible(&cpuid, &supported).map_err(Unsuited::Cpu)?;
+        let resources = Resources::open(&config, DiskLocks::Leave).map_err(MachineError::from)?;
+        (self.prepared)(&config);
+        let bytes = config.memory.bytes;
+        let machine =
+            EmptyMachine::new(&self.host, config, resources, Arc::clone(&self.line), Arc::clone(&self.listener))?;
+        if machine.memory().regions() != offer.regions {
+            return Err(Unsuited::Regions { bytes });
+        }
+        Ok(Stage::Empty { machine: Box::new(machine), cpuid, running })
+    }
+}
+
+impl GuestPages for Arriving {
+    type Error = ArriveError;
+
+    fn slice(&self, run: PageRun) -> Result<VolatileSlice<'_>, ArriveError> {
+        match &self.stage {
+            Stage::Nothing => Err(ArriveError::NothingHere),
+            Stage::Empty { machine, .. } => Ok(machine.memory().untracked_slice(run)?),
+            Stage::Restored { machine, .. } => Ok(machine.memory().untracked_slice(run)?),
+        }
+    }
+
+    fn leading_hole(&self, run: PageRun) -> u32 {
+        match &self.stage {
+            Stage::Nothing => 0,
+            Stage::Empty { machine, .. } => machine.memory().leading_hole(run),
+            Stage::Restored { machine, .. } => machine.memory().leading_hole(run),
+        }
+    }
+}
+
+impl TargetHost for Arriving {
+    fn prepare(&mut self, offer: &Offer<'_>) -> Result<(), Refusal> {
+        self.stage = self.build(offer).map_err(|error| Refusal::new(in_words(&error)))?;
+        Ok(())
+    }
+
+    fn regions(&self) -> Vec<RamRegion> {
+        match &self.stage {
+            Stage::Nothing => Vec::new(),
+            Stage::Empty { machine, .. } => machine.memory().regions().to_vec(),
+            Stage::Restored { machine, .. } => machine.memory().regions().to_vec(),
+        }
+    }
+
+    fn restore(&mut self, state: &[u8]) -> Result<(), ArriveError> {
+        let Stage::Empty { machine, cpuid, running } = std::mem::replace(&mut self.stage, Stage::Nothing) else {
+            return Err(ArriveError::NothingHere);
+        };
+        let machine = machine.restore(SavedState::decode(state)?, cpuid)?;
+        machine.reacquire()?;
+        self.stage = Stage::Restored { machine: Box::new(machine), running };
+        Ok(())
+    }
+
+    fn run(&mut self) -> Result<(), ArriveError> {
+        let Stage::Restored { machine, running } = &mut self.stage else { return Err(ArriveError::NothingHere) };
+        if *running {
+            machine.run();
+        }
+        machine.announce();
+        Ok(())
+    }
+
+    fn abandon(&mut self, _: &str) {
+        self.stage = Stage::Nothing;
+    }
+}

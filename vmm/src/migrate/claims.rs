@@ -1,0 +1,130 @@
+//! The target's record of the sessions it has decided, as the engine wants it: the first claim of a session stands.
+//!
+//! Claims live in memory; a claim to a guest is made durable before it counts. One record serves all links of a process,
+//! so that a question on one link and a `Go` on another are decided in one order.
+
+use super::ownership::{Owner, Ownership, OwnershipError};
+use migration::{Claim, Claims};
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+use thiserror::Error;
+use uuid::Uuid;
+
+/// The most sessions a record knows. A process receives one guest; more than this are questions of strangers.
+const MAX_SESSIONS: usize = 4096;
+
+/// Why a claim could not be recorded.
+#[derive(Debug, Error)]
+pub enum ClaimError {
+    /// The durable record.
+    #[error(transparent)]
+    Ownership(#[from] OwnershipError),
+    /// Too many sessions.
+    #[error("This host has been asked after {MAX_SESSIONS} migrations and records no more")]
+    Full,
+    /// No guest has been let in, so none can be claimed.
+    #[error("No guest has been offered that could be claimed")]
+    NoGuest,
+}
+
+#[derive(Debug, Default)]
+struct Decided {
+    sessions: HashMap<Uuid, Claim>,
+    guest: Option<Uuid>,
+}
+
+/// The claims of one process.
+#[derive(Debug)]
+pub struct ClaimRecord {
+    identity: Uuid,
+    state_dir: PathBuf,
+    decided: Mutex<Decided>,
+}
+
+impl ClaimRecord {
+    /// An empty record, whose durable part is under `state_dir`.
+    #[must_use]
+    pub fn new(state_dir: &Path) -> Self {
+        Self { identity: Uuid::new_v4(), state_dir: state_dir.to_owned(), decided: Mutex::default() }
+    }
+
+    /// Tells which guest the next claim `Mine` is to.
+    pub fn expect(&self, guest: Uuid) {
+        self.lock().guest = Some(guest);
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Decided> {
+        self.decided.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Claims for ClaimRecord {
+    type Error = ClaimError;
+
+    fn identity(&self) -> Uuid {
+        self.identity
+    }
+
+    fn claim(&self, session: Uuid, claim: Claim) -> Result<Claim, ClaimError> {
+        let mut decided = self.lock();
+        if let Some(stands) = decided.sessions.get(&session) {
+            return Ok(*stands);
+        }
+        if decided.sessions.len() >= MAX_SESSIONS {
+            return Err(ClaimError::Full);
+        }
+        if claim == Claim::Mine {
+            let guest = decided.guest.ok_or(ClaimError::NoGuest)?;
+            Ownership::of(&self.state_dir, guest).write(&Owner::Mine { session })?;
+        }
+        decided.sessions.insert(session, claim);
+        Ok(claim)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GUEST: Uuid = Uuid::from_u128(1);
+
+    #[test]
+    fn the_first_claim_stands_and_mine_is_durable() {
+        let dir = tempfile::tempdir().unwrap();
+        let record = ClaimRecord::new(dir.path());
+        let (first, second) = (Uuid::from_u128(2), Uuid::from_u128(3));
+        assert_eq!(record.claim(first, Claim::NotMine).unwrap(), Claim::NotMine);
+        assert_eq!(record.claim(first, Claim::Mine).unwrap(), Claim::NotMine);
+        assert!(matches!(record.claim(second, Claim::Mine), Err(ClaimError::NoGuest)));
+        record.expect(GUEST);
+        assert_eq!(record.claim(second, Claim::Mine).unwrap(), Claim::Mine);
+        assert_eq!(record.claim(second, Claim::NotMine).unwrap(), Claim::Mine);
+        assert_eq!(Ownership::of(dir.path(), GUEST).read().unwrap(), Some(Owner::Mine { session: second }));
+    }
+
+    #[test]
+    fn a_claim_that_cannot_be_durable_does_not_count() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let record = ClaimRecord::new(file.path());
+        record.expect(GUEST);
+        let session = Uuid::from_u128(2);
+        assert!(matches!(record.claim(session, Claim::Mine), Err(ClaimError::Ownership(_))));
+        assert_eq!(record.claim(session, Claim::NotMine).unwrap(), Claim::NotMine);
+    }
+
+    #[test]
+    fn strangers_do_not_fill_memory() {
+        let record = ClaimRecord::new(Path::new("/nonexistent"));
+        for number in 0..MAX_SESSIONS as u128 {
+            record.claim(Uuid::from_u128(number), Claim::NotMine).unwrap();
+        }
+        assert!(matches!(record.claim(Uuid::max(), Claim::NotMine), Err(ClaimError::Full)));
+    }
+
+    #[test]
+    fn records_differ() {
+        let dir = Path::new("/nonexistent");
+        assert_ne!(ClaimRecord::new(dir).identity(), ClaimRecord::new(dir).identity());
+    }
+}

@@ -1,0 +1,132 @@
+//! A machine on its way out: what the migration engine does with it at the source.
+
+use super::offer::MachineOffer;
+use super::ownership::{Owner, Ownership, OwnershipError};
+use crate::machine::{Machine, MachineError};
+use crate::memory::MemoryError;
+use control::PeerAddress;
+use migration::{Description, DirtyLedger, GuestPages, PageRun, SourceGuest};
+use thiserror::Error;
+use uuid::Uuid;
+use vm_memory::VolatileSlice;
+
+/// Why the machine does not go.
+#[derive(Debug, Error)]
+pub enum LeaveError {
+    /// The machine.
+    #[error(transparent)]
+    Machine(#[from] MachineError),
+    /// Its memory.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// The record of who owns the guest.
+    #[error(transparent)]
+    Ownership(#[from] OwnershipError),
+    /// The description cannot be written.
+    #[error("The machine's description cannot be encoded")]
+    Describe(#[from] serde_json::Error),
+}
+
+/// A machine that is to leave, and whether it ran before.
+#[derive(Debug)]
+pub struct Leaving {
+    machine: Machine,
+    running: bool,
+    ownership: Ownership,
+    to: PeerAddress,
+}
+
+impl Leaving {
+    /// Prepares `machine` to leave to `to`. `ownership` is the guest's record.
+    #[must_use]
+    pub fn new(machine: Machine, ownership: Ownership, to: PeerAddress) -> Self {
+        Self { running: machine.is_running(), machine, ownership, to }
+    }
+
+    /// The machine that stays after all.
+    #[must_use]
+    pub fn into_machine(self) -> Machine {
+        self.machine
+    }
+
+    /// The machine.
+    #[must_use]
+    pub fn machine(&self) -> &Machine {
+        &self.machine
+    }
+}
+
+impl GuestPages for Leaving {
+    type Error = LeaveError;
+
+    fn slice(&self, run: PageRun) -> Result<VolatileSlice<'_>, LeaveError> {
+        Ok(self.machine.memory().untracked_slice(run)?)
+    }
+
+    fn leading_hole(&self, run: PageRun) -> u32 {
+        self.machine.memory().leading_hole(run)
+    }
+}
+
+impl SourceGuest for Leaving {
+    fn describe(&self) -> Result<Description, LeaveError> {
+        let offer = MachineOffer {
+            machine: self.machine.config().clone(),
+            cpuid: self.machine.cpuid().to_vec(),
+            running: self.running,
+        };
+        Ok(Description {
+            vm: self.machine.config().uuid,
+            regions: self.machine.memory().regions().to_vec(),
+            machine: serde_json::to_vec(&offer)?,
+        })
+    }
+
+    fn start_dirty_log(&mut self) -> Result<(), LeaveError> {
+        Ok(self.machine.start_dirty_log()?)
+    }
+
+    fn harvest_dirty(&mut self, ledger: &mut DirtyLedger) -> Result<(), LeaveError> {
+        Ok(self.machine.harvest_dirty(ledger)?)
+    }
+
+    fn stop_dirty_log(&mut self) -> Result<(), LeaveError> {
+        Ok(self.machine.stop_dirty_log()?)
+    }
+
+    fn pause(&mut self) -> Result<(), LeaveError> {
+        self.machine.stand()?;
+        match self.machine.ended() {
+            None => Ok(()),
+            Some(end) => Err(MachineError::Ended(end.clone()).into()),
+        }
+    }
+
+    fn save(&mut self) -> Result<Vec<u8>, LeaveError> {
+        Ok(self.machine.save()?.encode())
+    }
+
+    fn release(&mut self) -> Result<(), LeaveError> {
+        self.machine.release();
+        Ok(())
+    }
+
+    fn reacquire(&mut self) -> Result<(), LeaveError> {
+        Ok(self.machine.reacquire()?)
+    }
+
+    fn record_given_away(&mut self, session: Uuid) -> Result<(), LeaveError> {
+        Ok(self.ownership.write(&Owner::GivenAway { session, to: self.to.to_string() })?)
+    }
+
+    fn record_kept(&mut self, _: Uuid) -> Result<(), LeaveError> {
+        Ok(self.ownership.remove()?)
+    }
+
+    fn resume(&mut self) -> Result<(), LeaveError> {
+        if self.running {
+            self.machine.run();
+        }
+        Ok(())
+    }
+}

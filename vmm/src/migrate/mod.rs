@@ -1,0 +1,9 @@
+//! The migration engine's world: a guest on KVM that leaves or arrives, sockets, and the record of ownership.
+
+pub mod address;
+pub mod arriving;
+pub mod claims;
+pub mod leaving;
+pub mod link;
+pub mod offer;
+pub mod ownership;

@@ -1,0 +1,264 @@
+//! Migrations into this process: a thread that serves one link after another, and goes on to answer questions after a
+//! guest has arrived.
+
+use super::Message;
+use super::board::Board;
+use super::watcher::{Watcher, post_failure, post_report};
+use crate::config::{HostResources, MachineConfig};
+use crate::kvm::KvmHost;
+use crate::machine::{EndListener, Machine, SerialLine};
+use crate::migrate::address::{AddressUseError, Listener};
+use crate::migrate::arriving::Arriving;
+use crate::migrate::claims::ClaimRecord;
+use crate::migrate::link::{Cutter, SocketLink};
+use control::{JobId, MigrationMode, MigrationRole, MigrationState, MigrationStatus, MigrationStep, PeerAddress, Phase};
+use migration::{
+    Arrival, Fault, GuestPages, HostClock, Observer, Offer, PageRun, Progress, RamRegion, Reception, Refusal,
+    TargetHost, Unobserved, in_words, target,
+};
+use std::path::Path;
+use std::sync::mpsc::Sender;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Duration;
+use vm_memory::VolatileSlice;
+
+/// How long a source may be silent.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// What an incoming machine is built with.
+#[derive(Clone)]
+pub(crate) struct Host {
+    pub(crate) kvm: Arc<KvmHost>,
+    pub(crate) resources: HostResources,
+    pub(crate) line: Arc<SerialLine>,
+    pub(crate) listener: EndListener,
+}
+
+/// The thread that serves links. It ends, with its socket, on drop.
+#[derive(Debug)]
+pub(crate) struct Incoming {
+    desk: Arc<Desk>,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// What the thread and its owner share.
+#[derive(Debug)]
+struct Desk {
+    listener: Listener,
+    link: Mutex<Option<Cutter>>,
+}
+
+impl Desk {
+    fn cut(&self) {
+        if let Some(cutter) = &*self.link.lock().unwrap_or_else(PoisonError::into_inner) {
+            cutter.cut();
+        }
+    }
+}
+
+impl Incoming {
+    /// Listens at `address`; a machine that arrives comes as [`Message::Arrived`].
+    pub(crate) fn start(
+        address: &PeerAddress,
+        state_dir: &Path,
+        host: Host,
+        board: Board,
+        inbox: Sender<Message>,
+    ) -> Result<Self, AddressUseError> {
+        let desk = Arc::new(Desk { listener: Listener::bind(address)?, link: Mutex::new(None) });
+        let claims = Arc::new(ClaimRecord::new(state_dir));
+        let porter = Porter { desk: Arc::clone(&desk), claims, host, board, inbox, guest_is_here: false };
+        let thread = std::thread::Builder::new()
+            .name("migrate-target".to_owned())
+            .spawn(|| porter.serve())
+            .map_err(|source| AddressUseError::Listen { address: address.clone(), source })?;
+        Ok(Self { desk, thread: Some(thread) })
+    }
+
+    /// Where it listens.
+    pub(crate) fn address(&self) -> PeerAddress {
+        self.desk.listener.address()
+    }
+
+    /// Ends the migration that is under way; the guest stays at the source.
+    pub(crate) fn cancel(&self) {
+        self.desk.cut();
+    }
+}
+
+impl Drop for Incoming {
+    fn drop(&mut self) {
+        self.desk.listener.end();
+        self.desk.cut();
+        if self.thread.take().is_some_and(|thread| thread.join().is_err()) {
+            tracing::error!("the thread of incoming migrations had panicked");
+        }
+    }
+}
+
+/// Serves links in its thread.
+struct Porter {
+    desk: Arc<Desk>,
+    claims: Arc<ClaimRecord>,
+    host: Host,
+    board: Board,
+    inbox: Sender<Message>,
+    guest_is_here: bool,
+}
+
+impl Porter {
+    fn serve(mut self) {
+        loop {
+            match self.desk.listener.accept() {
+                Ok(Some(link)) => self.serve_link(link),
+                Ok(None) => return,
+                Err(error) => {
+                    tracing::warn!(%error, "a source could not be accepted");
+                    std::thread::sleep(Duration::from_millis(100));
+                }
+            }
+        }
+    }
+
+    fn serve_link(&mut self, mut link: SocketLink) {
+        *self.desk.link.lock().unwrap_or_else(PoisonError::into_inner) = link.cutter().ok();
+        if self.guest_is_here {
+            self.answer(&mut link);
+        } else {
+            self.admit(&mut link);
+        }
+        *self.desk.link.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
+    /// Serves a link after a guest has come: questions are answered, offers refused.
+    fn answer(&self, link: &mut SocketLink) {
+        let around = Reception { clock: &HostClock::new(), observer: &mut Unobserved, patience: PATIENCE };
+        if let Err(fault) = target::receive(link, &mut Occupied, &*self.claims, around) {
+            tracing::info!(fault = in_words(&fault), "a late source was refused");
+        }
+    }
+
+    /// Serves a link while there is room for a guest.
+    fn admit(&mut self, link: &mut SocketLink) {
+        let Host { kvm, resources, line, listener } = self.host.clone();
+        let offered = {
+            let (board, claims) = (self.board.clone(), Arc::clone(&self.claims));
+            let peer = self.desk.listener.address();
+            Box::new(move |config: &MachineConfig| {
+                claims.expect(config.uuid);
+                board.begin_migration(status(JobId::random(), peer.clone()));
+                board.enter(Phase::Incoming);
+            })
+        };
+        let mut arriving = Arriving::new(kvm, resources, line, listener, offered);
+        let mut onlooker = Onlooker { board: self.board.clone(), watcher: None };
+        let around = Reception { clock: &HostClock::new(), observer: &mut onlooker, patience: PATIENCE };
+        match target::receive(link, &mut arriving, &*self.claims, around) {
+            Ok(Arrival::Running(report)) => {
+                if let Some(machine) = arriving.into_machine() {
+                    self.welcome(machine);
+                    post_report(&self.board, &report);
+                }
+            }
+            Ok(Arrival::Answered(_)) => {}
+            Err(fault @ Fault::NotRunning(_)) => {
+                // The guest is here all the same, and nobody else has it.
+                if let Some(machine) = arriving.into_machine() {
+                    self.welcome(machine);
+                }
+                post_failure(&self.board, MigrationState::Failed, in_words(&fault));
+            }
+            Err(fault) => self.see_off(&fault),
+        }
+    }
+
+    fn welcome(&mut self, machine: Machine) {
+        self.guest_is_here = true;
+        let _ = self.inbox.send(Message::Arrived(Box::new(machine)));
+    }
+
+    fn see_off(&self, fault: &Fault) {
+        if self.board.phase() == Phase::Incoming {
+            self.board.enter(Phase::Receiving);
+            post_failure(&self.board, MigrationState::Failed, in_words(fault));
+        }
+        let _ = self.inbox.send(Message::NotArrived(in_words(fault)));
+    }
+}
+
+fn status(job: JobId, peer: PeerAddress) -> MigrationStatus {
+    MigrationStatus {
+        job,
+        role: MigrationRole::Target,
+        peer,
+        mode: MigrationMode::Live,
+        state: MigrationState::Active,
+        progress: control::Progress {
+            step: MigrationStep::Negotiating,
+            round: 0,
+            pages_sent: 0,
+            zero_pages: 0,
+            bytes_sent: 0,
+            remaining_bytes: 0,
+            bytes_per_second: 0,
+            predicted_downtime_ms: None,
+        },
+        rounds: Vec::new(),
+        downtime_ms: None,
+        total_ms: Duration::ZERO.into(),
+        error: None,
+    }
+}
+
+/// Posts progress once the migration is posted, which it is when its machine has been let in.
+struct Onlooker {
+    board: Board,
+    watcher: Option<Watcher>,
+}
+
+impl Observer for Onlooker {
+    fn on(&mut self, news: Progress) {
+        if self.board.phase() == Phase::Incoming
+            && let Some(status) = self.board.migration()
+        {
+            self.watcher.get_or_insert_with(|| Watcher::new(self.board.clone(), status.job)).on(news);
+        }
+    }
+}
+
+/// A host that has its guest already.
+#[derive(Debug)]
+struct Occupied;
+
+impl GuestPages for Occupied {
+    type Error = std::io::Error;
+
+    fn slice(&self, _: PageRun) -> Result<VolatileSlice<'_>, Self::Error> {
+        Err(std::io::ErrorKind::AddrNotAvailable.into())
+    }
+
+    fn leading_hole(&self, _: PageRun) -> u32 {
+        0
+    }
+}
+
+impl TargetHost for Occupied {
+    fn prepare(&mut self, _: &Offer<'_>) -> Result<(), Refusal> {
+        Err(Refusal::new("A guest runs in this Godwit already; start another `godwit receive`"))
+    }
+
+    fn regions(&self) -> Vec<RamRegion> {
+        Vec::new()
+    }
+
+    fn restore(&mut self, _: &[u8]) -> Result<(), Self::Error> {
+        Err(std::io::ErrorKind::AddrInUse.into())
+    }
+
+    fn run(&mut self) -> Result<(), Self::Error> {
+        Err(std::io::ErrorKind::AddrInUse.into())
+    }
+
+    fn abandon(&mut self, _: &str) {}
+}

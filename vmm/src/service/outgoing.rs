@@ -1,0 +1,127 @@
+//! A migration out of this process: a thread that owns the machine until it is known who owns the guest.
+
+use super::Message;
+use super::board::Board;
+use super::watcher::Watcher;
+use crate::machine::Machine;
+use crate::migrate::address::{AddressUseError, dial};
+use crate::migrate::leaving::Leaving;
+use crate::migrate::ownership::Ownership;
+use control::{JobId, MigrationMode, PeerAddress, StartMigration};
+use migration::{CancelToken, Goal, HostClock, InDoubt, Mode, Outcome, Plan, Surroundings, Unreachable, source};
+use std::sync::mpsc::Sender;
+
+/// How a migration out of here ended.
+#[derive(Debug)]
+pub(crate) enum Departure {
+    /// The target could not be reached; the machine never noticed.
+    Unreachable(Box<Machine>, AddressUseError),
+    /// The engine's word.
+    Decided(Box<Outcome<Leaving>>),
+}
+
+/// A migration that is under way.
+#[derive(Debug)]
+pub(crate) struct Outgoing {
+    cancel: CancelToken,
+}
+
+impl Outgoing {
+    /// Gives `machine` to a thread that moves it as `request` says; the end comes as [`Message::Left`]. If the host has
+    /// no thread, the machine comes back at once.
+    pub(crate) fn start(
+        machine: Box<Machine>,
+        request: &StartMigration,
+        job: JobId,
+        ownership: Ownership,
+        board: Board,
+        inbox: Sender<Message>,
+    ) -> Result<Self, (Box<Machine>, std::io::Error)> {
+        let cancel = CancelToken::new();
+        let journey = Journey { plan: plan(request, job), to: request.to.clone(), ownership, cancel: cancel.clone() };
+        // The thread takes the machine from here, so that it is not lost with a thread that does not start.
+        let (hand, take) = std::sync::mpsc::sync_channel(1);
+        let spawned = std::thread::Builder::new().name("migrate-source".to_owned()).spawn(move || {
+            if let Ok(machine) = take.recv() {
+                // The service outlives its migrations.
+                let _ = inbox.send(Message::Left(journey.make(machine, Watcher::new(board, job))));
+            }
+        });
+        match spawned {
+            Ok(_) => {
+                hand.send(machine).expect("the thread waits for the machine");
+                Ok(Self { cancel })
+            }
+            Err(error) => Err((machine, error)),
+        }
+    }
+
+    /// Asks it to end; the guest stays.
+    pub(crate) fn cancel(&self) {
+        self.cancel.cancel();
+    }
+}
+
+struct Journey {
+    plan: Plan,
+    to: PeerAddress,
+    ownership: Ownership,
+    cancel: CancelToken,
+}
+
+impl Journey {
+    fn make(self, machine: Box<Machine>, mut watcher: Watcher) -> Departure {
+        let Self { plan, to, ownership, cancel } = self;
+        let mut link = match dial(&to) {
+            Ok(link) => link,
+            Err(error) => return Departure::Unreachable(machine, error),
+        };
+        let around = Surroundings { clock: &HostClock::new(), cancel: &cancel, observer: &mut watcher };
+        Departure::Decided(Box::new(source::run(Leaving::new(*machine, ownership, to), &mut link, &plan, around)))
+    }
+}
+
+/// Asks the target whose the guest is, in a thread; the answer comes as [`Message::Left`].
+pub(crate) fn ask_target(doubt: Box<InDoubt<Leaving>>, to: PeerAddress, inbox: Sender<Message>) {
+    let (hand, take) = std::sync::mpsc::sync_channel::<Box<InDoubt<Leaving>>>(1);
+    let asked = std::thread::Builder::new().name("migrate-ask".to_owned()).spawn({
+        let inbox = inbox.clone();
+        move || {
+            let Ok(doubt) = take.recv() else { return };
+            let outcome = match dial(&to) {
+                Ok(mut link) => doubt.ask(&mut link, &HostClock::new()),
+                Err(error) => {
+                    tracing::warn!(%error, "the target cannot be asked whose the guest is");
+                    Outcome::InDoubt(*doubt)
+                }
+            };
+            let _ = inbox.send(Message::Left(Departure::Decided(Box::new(outcome))));
+        }
+    });
+    match asked {
+        Ok(_) => hand.send(doubt).expect("the thread waits for the doubt"),
+        Err(error) => {
+            tracing::warn!(%error, "no thread to ask the target with");
+            let _ = inbox.send(Message::Left(Departure::Decided(Box::new(Outcome::InDoubt(*doubt)))));
+        }
+    }
+}
+
+fn plan(request: &StartMigration, job: JobId) -> Plan {
+    let mode = match request.mode {
+        MigrationMode::Live => Mode::Live,
+        MigrationMode::Stop => Mode::Stop,
+    };
+    Plan {
+        session: job.0,
+        verify: request.verify,
+        goal: Goal {
+            max_downtime: request.max_downtime(),
+            max_rounds: request.max_rounds.get(),
+            unreachable: Unreachable::Switch,
+            ..Goal::default()
+        },
+        timeout: request.timeout(),
+        ..Plan::new(mode)
+    }
+}
