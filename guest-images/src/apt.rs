@@ -1,0 +1,93 @@
+//! Debian packages, fetched and checked by apt and unpacked beside the system, never installed.
+//!
+//! Called by the recipes. apt knows the mirrors and verifies the archive's signature down to the package's checksum, so
+//! no host name and no key stand in this repository.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Context, Result, bail};
+
+use crate::command;
+
+/// The Debian package of `apt-get` and `apt-cache`.
+const APT: &str = "apt";
+/// The Debian package of `dpkg-deb`.
+const DPKG: &str = "dpkg";
+
+/// A package in the version that this machine's apt would install.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Candidate {
+    pub(crate) package: String,
+    pub(crate) version: String,
+    /// The `Depends:` field as it stands.
+    depends: String,
+}
+
+impl Candidate {
+    /// Asks apt for a package.
+    pub(crate) fn of(package: &str) -> Result<Self> {
+        let record = command::run(Command::new("apt-cache").args(["show", "--no-all-versions", package]), APT)
+            .with_context(|| format!("apt does not know the package `{package}`; run `apt-get update` first"))?;
+        Self::from_record(&record).with_context(|| format!("apt-cache shows nothing of use for `{package}`"))
+    }
+
+    fn from_record(record: &str) -> Option<Self> {
+        let field = |name: &str| record.lines().find_map(|line| line.strip_prefix(name)).map(str::trim);
+        Some(Self {
+            package: field("Package:")?.to_owned(),
+            version: field("Version:")?.to_owned(),
+            depends: field("Depends:").unwrap_or_default().to_owned(),
+        })
+    }
+
+    /// The direct dependency `PREFIX… (= VERSION)`: how a meta package names the real one.
+    pub(crate) fn exact_dependency(&self, prefix: &str) -> Option<Self> {
+        let mut dependencies = self.depends.split(',').map(str::trim);
+        let (package, version) = dependencies.find(|name| name.starts_with(prefix))?.split_once(" (= ")?;
+        let version = version.strip_suffix(')')?.to_owned();
+        Some(Self { package: package.to_owned(), version, depends: String::new() })
+    }
+
+    /// Downloads the package and unpacks its files below `into`.
+    pub(crate) fn unpack(&self, into: &Path) -> Result<()> {
+        let download = tempfile::tempdir().context("Cannot make a temporary directory")?;
+        tracing::info!(package = self.package, version = self.version, "downloading");
+        let mut get = Command::new("apt-get");
+        // apt would drop its privileges to a user who may not write to this directory, and warn about that.
+        get.args(["-q", "-o", "APT::Sandbox::User=root", "download", &format!("{}={}", self.package, self.version)]);
+        command::run(get.current_dir(download.path()), APT)
+            .context("If the mirror has gone ahead of this machine's package lists, `apt-get update` helps")?;
+        let Some(archive) = fs::read_dir(download.path())?.next() else {
+            bail!("apt-get downloaded nothing for {} {}", self.package, self.version);
+        };
+        command::run(Command::new("dpkg-deb").arg("-x").arg(archive?.path()).arg(into), DPKG)?;
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const RECORD: &str = "Package: linux-image-cloud-amd64\nSource: linux-signed\nVersion: 6.1.192-2\n\
+        Depends: linux-base, linux-image-6.1.0-56-cloud-amd64 (= 6.1.192-2)\nDescription-en: x\n Package: fake\n";
+
+    #[test]
+    fn a_record_of_apt_is_read() {
+        let candidate = Candidate::from_record(RECORD).unwrap();
+        assert_eq!((&*candidate.package, &*candidate.version), ("linux-image-cloud-amd64", "6.1.192-2"));
+        let image = candidate.exact_dependency("linux-image-").unwrap();
+        assert_eq!((&*image.package, &*image.version), ("linux-image-6.1.0-56-cloud-amd64", "6.1.192-2"));
+        assert_eq!(candidate.exact_dependency("linux-base"), None);
+        assert_eq!(candidate.exact_dependency("nothing-"), None);
+        assert_eq!(Candidate::from_record("Package: x\n"), None);
+    }
+
+    #[test]
+    fn an_unknown_package_comes_with_the_remedy() {
+        let error = Candidate::of("godwit-no-such-package").unwrap_err().to_string();
+        assert!(error.contains("`godwit-no-such-package`") && error.contains("apt-get update"), "{error}");
+    }
+}
