@@ -1,0 +1,44 @@
+//! The one entry for people and CI: `cargo xtask test`, `check`, `lab`.
+//!
+//! Progress goes to standard error, results to standard output. Exit status 0 when all is well, 1 when something failed,
+//! 2 when it was called wrongly; `lab` ends with the status of its command.
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+mod check;
+mod lab;
+mod packages;
+mod terminal;
+mod test;
+mod workspace;
+
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask", about = "Builds, checks and tries out Godwit")]
+struct Arguments {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Debug, Subcommand)]
+enum Task {
+    /// Checks the sources without running them: format, lints, documentation, dependencies, spelling.
+    Check,
+    /// Runs every test, and every scenario where it can run: on this host or in the nested lab.
+    Test(test::Options),
+    /// Boots a nested lab with KVM and runs a command or a shell in it.
+    Lab(lab::Options),
+}
+
+fn main() -> ExitCode {
+    let done = match Arguments::parse().task {
+        Task::Check => check::check(),
+        Task::Test(options) => test::test(&options),
+        Task::Lab(options) => lab::lab(options),
+    };
+    done.unwrap_or_else(|error| {
+        eprintln!("{error:#}");
+        ExitCode::FAILURE
+    })
+}
