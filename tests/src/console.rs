@@ -54,12 +54,7 @@ impl Console {
     }
 
     /// The next line for which `find` finds something, within `within`.
-    pub fn find<T>(
-        &mut self,
-        what: &str,
-        within: Duration,
-        mut find: impl FnMut(&Line) -> Option<T>,
-    ) -> Result<T> {
+    pub fn find<T>(&mut self, what: &str, within: Duration, mut find: impl FnMut(&Line) -> Option<T>) -> Result<T> {
         let deadline = Instant::now() + within;
         loop {
             match self.lines.recv_timeout(deadline.saturating_duration_since(Instant::now())) {

@@ -132,11 +132,12 @@ impl Godwit {
     pub fn await_phase(&self, phase: Phase) -> Result<()> {
         let deadline = Instant::now() + START_WITHIN;
         loop {
-            let now = self.vm()?.phase;
-            if now == phase {
+            // A socket file is there a moment before anybody listens to it.
+            let now = self.vm().map(|vm| vm.phase);
+            if matches!(now, Ok(now) if now == phase) {
                 return Ok(());
             }
-            ensure!(Instant::now() < deadline, "The phase is {now} and not {phase} after {START_WITHIN:?}");
+            ensure!(Instant::now() < deadline, "Not {phase} but {now:?} after {START_WITHIN:?}:\n{}", self.words());
             sleep(LOOK_EVERY);
         }
     }
@@ -203,11 +204,8 @@ impl Drop for Godwit {
 
 /// Runs `godwit` with arguments to its end, for commands that end by themselves.
 pub fn call(context: &Context, arguments: &[&str]) -> Result<(Ended, String)> {
-    let output = Command::new(&context.godwit)
-        .args(arguments)
-        .stdin(Stdio::null())
-        .output()
-        .context("Cannot start godwit")?;
+    let output =
+        Command::new(&context.godwit).args(arguments).stdin(Stdio::null()).output().context("Cannot start godwit")?;
     let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
     Ok((Ended { status: output.status, words: text(output.stderr) }, text(output.stdout)))
 }

@@ -6,10 +6,17 @@
 //! interfaces only: the `godwit` binary and the control API.
 
 pub mod agent;
+pub mod bench;
+pub mod console;
+pub mod demo;
+pub mod godwit;
 pub mod lab;
 pub mod network;
 pub mod place;
 pub mod scenario;
 pub mod scenarios;
 pub mod shipping;
+pub mod silence;
+pub mod table;
 pub mod tally;
+pub mod traveller;

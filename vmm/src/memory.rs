@@ -412,20 +412,6 @@ mod tests {
     }
 
     #[test]
-    fn holes_are_seen_without_filling_them() {
-        let memory = GuestMemory::create(5 << 30, false).unwrap();
-        memory.ram().write_obj(1_u8, GuestAddress(9 * PAGE_SIZE)).unwrap();
-        memory.ram().write_obj(1_u8, GuestAddress(MMIO_GAP_END.0 + 3 * PAGE_SIZE)).unwrap();
-        let expected = [((0, 0, 64), 9), ((0, 9, 64), 0), ((0, 10, 64), 64), ((1, 0, 2), 2), ((1, 0, 64), 3)];
-        for ((region, first, pages), hole) in expected {
-            assert_eq!(memory.leading_hole(run(region, first, pages)), hole, "{region} {first}");
-        }
-        let last = memory.regions()[1].pages - 8;
-        assert_eq!(memory.leading_hole(run(1, last, 8)), 8, "nothing follows");
-        assert_eq!(memory.leading_hole(run(0, u64::MAX, 1)), 0);
-    }
-
-    #[test]
     fn untracked_writes_are_not_harvested() {
         let memory = GuestMemory::create(1 << 20, false).unwrap();
         memory.untracked_slice(run(0, 3, 1)).unwrap().write_obj(7_u8, 0).unwrap();

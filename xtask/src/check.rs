@@ -16,7 +16,7 @@ struct Check {
     probe: &'static [&'static str],
 }
 
-const CHECKS: [Check; 4] = [
+const CHECKS: [Check; 5] = [
     Check { name: "format", arguments: &["fmt", "--all", "--check"], probe: &["fmt", "--version"] },
     Check {
         name: "lints",
@@ -26,14 +26,23 @@ const CHECKS: [Check; 4] = [
     Check {
         name: "documentation",
         arguments: &["doc", "--release", "--quiet", "--workspace", "--no-deps", "--document-private-items"],
-        probe: &["doc", "--version"],
+        probe: &["--version"],
     },
     Check {
         name: "dependencies",
-        arguments: &["deny", "--log-level", "error", "check"],
+        arguments: &["deny", "--log-level", "error", "check", "--hide-inclusion-graph", "bans", "licenses", "sources"],
+        probe: &["deny", "--version"],
+    },
+    // On its own, because it is the one that needs the network.
+    Check {
+        name: "advisories",
+        arguments: &["deny", "--log-level", "error", "check", "advisories"],
         probe: &["deny", "--version"],
     },
 ];
+
+/// The documentation is for those who work on the tree and shows private items; links to them are right.
+const DOCUMENTATION_FLAGS: &str = "-D warnings -A rustdoc::private_intra_doc_links";
 
 enum Verdict {
     Ok,
@@ -62,7 +71,7 @@ fn run(name: &str, tool: &str, probe: &mut Command, command: &mut Command) -> Re
     }
     let start = Instant::now();
     // What the tools have to say are complaints; standard output is for the verdicts.
-    command.env("RUSTDOCFLAGS", "-D warnings").stdout(std::io::stderr());
+    command.env("RUSTDOCFLAGS", DOCUMENTATION_FLAGS).stdout(std::io::stderr());
     let status = command.status().with_context(|| format!("Cannot run {tool}"))?;
     let verdict = if status.success() { "ok    " } else { "FAILED" };
     println!("{verdict}  {name:<14} {:6.1} s", start.elapsed().as_secs_f64());

@@ -82,13 +82,18 @@ fn scenarios(filters: &[String]) -> Result<Tally> {
 }
 
 /// A folder with the images of the scenarios under their plain names, as links into the image cache.
-fn scenario_images(binaries: &Path) -> Result<PathBuf> {
+pub(crate) fn scenario_images(binaries: &Path) -> Result<PathBuf> {
     let cache = root().join(DEFAULT_CACHE);
-    let tiny = Images::open(&cache)?.tiny(&binaries.join("verifier"))?;
+    let images = Images::open(&cache)?;
+    let (tiny, micro) = (images.tiny(&binaries.join("verifier"))?, images.micro()?);
     let folder = cache.join("scenarios");
     fs::create_dir_all(&folder)?;
-    let images =
-        [("vmlinux", tiny.kernel.vmlinux()), ("vmlinuz", tiny.kernel.bzimage()), ("initramfs", tiny.initramfs)];
+    let images = [
+        ("vmlinux", tiny.kernel.vmlinux()),
+        ("vmlinuz", tiny.kernel.bzimage()),
+        ("initramfs", tiny.initramfs),
+        ("micro.elf", micro),
+    ];
     for (name, image) in images {
         let link = folder.join(name);
         if link.is_symlink() {

@@ -1,13 +1,15 @@
 //! What a lab is to be like, and its boot.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use guest_images::kernel::modules::Module;
 use guest_images::newc::Newc;
-use guest_images::{DEFAULT_CACHE, Images};
+use guest_images::{DEFAULT_CACHE, Images, Kernel};
 use tempfile::TempDir;
 
 use super::channel::Channel;
@@ -142,8 +144,7 @@ impl LabBuilder {
     }
 
     fn boot_by(&self, accelerator: Accelerator) -> Result<Lab> {
-        let images = Images::open(&self.images)?;
-        let kernel = images.kernel().context("The lab needs Debian's kernel")?;
+        let kernel = kernel(&self.images).context("The lab needs Debian's kernel")?;
         let folder = TempDir::with_prefix("godwit-lab-").context("Cannot make a folder for the lab")?;
         let bus = kernel.modules(&BUS_MODULES)?;
         write_initramfs(&folder.path().join(INITRAMFS), &agent()?, &bus)?;
@@ -208,6 +209,18 @@ impl LabBuilder {
         tree.write("/etc/hosts", &names, 0o644)?;
         Ok(tree)
     }
+}
+
+/// The kernel of an image cache. apt takes a second or two to name the newest one; a process asks once per cache.
+fn kernel(cache: &Path) -> Result<Kernel> {
+    static KNOWN: Mutex<BTreeMap<PathBuf, Kernel>> = Mutex::new(BTreeMap::new());
+    let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(kernel) = known.get(cache) {
+        return Ok(kernel.clone());
+    }
+    let kernel = Images::open(cache)?.kernel()?.clone();
+    known.insert(cache.to_path_buf(), kernel.clone());
+    Ok(kernel)
 }
 
 /// Where a module goes, so that the order of the names is the order of loading.

@@ -2,7 +2,16 @@
 
 use crate::scenario::Scenario;
 
+mod migrate;
 mod smoke;
 
 /// All scenarios.
-pub const ALL: &[Scenario] = &[smoke::KVM_OPENS, smoke::HOSTS_JOIN];
+pub const ALL: &[Scenario] = &[
+    smoke::KVM_OPENS,
+    smoke::HOSTS_JOIN,
+    migrate::MICRO,
+    migrate::MICRO_TWO_REGIONS,
+    migrate::LINUX,
+    migrate::LINUX_SMP,
+    migrate::PULSE,
+];

@@ -24,9 +24,11 @@ impl Chassis {
         config: &MachineConfig,
         memory: GuestMemory,
     ) -> Result<(Self, Vec<VcpuFd>), MachineError> {
-        let vm = host.create_vm()?;
+        // The slots come before the chips: the other way round, KVM waits for an SRCU grace period, up to 10 ms.
+        let vm = host.create_vm_without_chips()?;
         let facts = Arc::new(Facts::of(host.kvm(), &vm)?);
         let slots = Arc::new(Slots::new(vm, memory)?);
+        host.create_chips(slots.vm())?;
         let tracker: Arc<dyn DirtyTracker> = match config.dirty {
             DirtyTracking::Log => Arc::new(DirtyLog::new(Arc::clone(&slots))?),
             DirtyTracking::Ring { entries } => Arc::new(DirtyRing::new(Arc::clone(&slots), entries)?),

@@ -13,14 +13,15 @@ use crate::layout::{
     COM1_GSI, COM1_PORT, COM1_PORTS, I8042_DATA_PORT, I8042_PORTS, PM1A_EVENT_PORT, PVPANIC_PORT, RESET_PORT, SCI_GSI,
     VIRTIO_QUEUE_NOTIFY, VIRTIO_WINDOW_SIZE, VirtioWindow, virtio_window,
 };
+use crate::seccomp;
 use crate::vcpu::Buses;
 use devices::power::{PM_PORTS, PowerEvent, PowerManagement, PowerParts, PowerPort};
+use devices::virtio::VirtioDevice;
 use devices::virtio::balloon::{Balloon, BalloonParts};
 use devices::virtio::blk::{Blk, BlkParts};
 use devices::virtio::mmio::{Mmio, MmioParts};
 use devices::virtio::net::{MacAddress, Net, Tap};
 use devices::virtio::rng::Rng;
-use devices::virtio::VirtioDevice;
 use devices::{BusDevice, Device, Worker};
 use kvm_ioctls::IoEventAddress;
 use saved::SavedState;
@@ -81,7 +82,7 @@ impl Fittings {
             buses: Buses::default(),
             all: Vec::new(),
             windows: 0,
-            shared_worker: Worker::spawn("devices")?,
+            shared_worker: Worker::spawn("devices", seccomp::enter_worker)?,
         };
         let Resources { disks, taps } = resources;
         let disks = config
@@ -152,7 +153,7 @@ impl Fitter<'_> {
         self.windows += 1;
         let irq = self.interrupt(window.gsi)?;
         let worker = match own_worker {
-            Some(name) => Worker::spawn(name)?,
+            Some(name) => Worker::spawn(name, seccomp::enter_worker)?,
             None => self.shared_worker.clone(),
         };
         let parts = MmioParts { id: id.to_owned(), ram: self.chassis.memory().ram().clone(), irq, worker };

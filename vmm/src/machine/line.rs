@@ -4,6 +4,7 @@
 //! stays connected and no byte of output is lost.
 
 use crate::config::{SERIAL_ID, Serial};
+use crate::seccomp;
 use devices::Worker;
 use devices::serial::{Console, ConsoleError, ConsoleLink, SerialError, SerialParts, SerialPort};
 use devices::worker::WorkerError;
@@ -60,7 +61,7 @@ impl SerialLine {
             Some(console) => {
                 let (sink, input) = console.split();
                 let port = SerialPort::new(parts(sink)?)?;
-                let link = input.connect(port.input(), &Worker::spawn("console")?)?;
+                let link = input.connect(port.input(), &Worker::spawn("console", seccomp::enter_worker)?)?;
                 (port, Some(link))
             }
         };

@@ -106,7 +106,8 @@ impl EmptyMachine {
             if id == 0 {
                 boot_cpuid = table.as_slice().iter().map(CpuidEntryV1::from).collect();
             }
-            vcpu.set_cpuid2(&table).map_err(|source| MachineError::Kvm { action: "set the CPUID of a vCPU", source })?;
+            vcpu.set_cpuid2(&table)
+                .map_err(|source| MachineError::Kvm { action: "set the CPUID of a vCPU", source })?;
             entry::set_firmware_state(vcpu)?;
         }
         if let Some(boot_vcpu) = self.vcpus.first() {

@@ -21,7 +21,9 @@ pub enum ResourceError {
     #[error(transparent)]
     Vhost(#[from] VhostError),
     /// A tap that was to be used is not there.
-    #[error("There is no tap {name}: make it with `ip tuntap add dev {name} mode tap`, or let it be made by create={name}")]
+    #[error(
+        "There is no tap {name}: make it with `ip tuntap add dev {name} mode tap`, or let it be made by create={name}"
+    )]
     NoTap {
         /// The tap.
         name: String,

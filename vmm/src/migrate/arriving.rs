@@ -7,7 +7,7 @@ use crate::kvm::KvmHost;
 use crate::machine::{DiskLocks, EmptyMachine, EndListener, Machine, MachineError, Resources, SerialLine};
 use crate::memory::MemoryError;
 use crate::state::CpuidEntryV1;
-use migration::{GuestPages, Offer, PageRun, RamRegion, Refusal, TargetHost, in_words};
+use migration::{GuestPages, Mode, Offer, PageRun, RamRegion, Refusal, TargetHost, in_words};
 use saved::{SavedError, SavedState};
 use std::fmt;
 use std::sync::Arc;
@@ -60,7 +60,7 @@ pub struct Arriving {
     resources: HostResources,
     line: Arc<SerialLine>,
     listener: EndListener,
-    prepared: Box<dyn FnMut(&MachineConfig) + Send>,
+    prepared: Box<dyn FnMut(&MachineConfig, Mode) + Send>,
     stage: Stage,
 }
 
@@ -79,7 +79,7 @@ impl Arriving {
         resources: HostResources,
         line: Arc<SerialLine>,
         listener: EndListener,
-        prepared: Box<dyn FnMut(&MachineConfig) + Send>,
+        prepared: Box<dyn FnMut(&MachineConfig, Mode) + Send>,
     ) -> Self {
         Self { host, resources, line, listener, prepared, stage: Stage::Nothing }
     }
@@ -101,7 +101,7 @@ impl Arriving {
         let supported = self.host.supported_cpuid().map_err(MachineError::from)?;
         cpuid::check_compatible(&cpuid, &supported).map_err(Unsuited::Cpu)?;
         let resources = Resources::open(&config, DiskLocks::Leave).map_err(MachineError::from)?;
-        (self.prepared)(&config);
+        (self.prepared)(&config, offer.mode);
         let bytes = config.memory.bytes;
         let machine =
             EmptyMachine::new(&self.host, config, resources, Arc::clone(&self.line), Arc::clone(&self.listener))?;

@@ -1,0 +1,142 @@
+//! Moves of guests: the micro guest at this host's speed, and Linux with its work going on.
+
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use control::{MigrationMode, Phase};
+use guest_images::micro::Line;
+
+use crate::godwit::Godwit;
+use crate::scenario::{Context, Needs, Scenario};
+use crate::traveller::Traveller;
+
+const BOTH: [MigrationMode; 2] = [MigrationMode::Live, MigrationMode::Stop];
+
+/// See its `about`.
+pub(super) const MICRO: Scenario = Scenario {
+    name: "migrate-micro",
+    about: "The micro guest is moved 20 times, live and stopped, with each dirty tracker, and no page is wrong",
+    needs: Needs::Kvm,
+    timeout: Duration::from_secs(120),
+    run: |context| micro(context, 20),
+};
+
+/// See its `about`.
+pub(super) const MICRO_TWO_REGIONS: Scenario = Scenario {
+    name: "migrate-micro-above-the-gap",
+    about: "A guest of 5 GiB, which has two memory regions, is moved live and stopped",
+    needs: Needs::Kvm,
+    timeout: Duration::from_secs(60),
+    run: two_regions,
+};
+
+/// See its `about`.
+pub(super) const LINUX: Scenario = Scenario {
+    name: "migrate-linux",
+    about: "Linux with 1 vCPU and a disk is moved there and back 50 times, live and stopped in turn; nothing is lost",
+    needs: Needs::LinuxGuests,
+    timeout: Duration::from_secs(600),
+    run: |context| linux(context, 1, 50),
+};
+
+/// See its `about`.
+pub(super) const LINUX_SMP: Scenario = Scenario {
+    name: "migrate-linux-smp",
+    about: "Linux with 4 vCPUs and a disk is moved there and back 50 times, live and stopped in turn; nothing is lost",
+    needs: Needs::LinuxGuests,
+    timeout: Duration::from_secs(600),
+    run: |context| linux(context, 4, 50),
+};
+
+/// See its `about`.
+pub(super) const PULSE: Scenario = Scenario {
+    name: "pulse-linux",
+    about: "Linux with 2 vCPUs, disk and balloon is saved, torn down and restored in place 20 times; nothing is lost",
+    needs: Needs::LinuxGuests,
+    timeout: Duration::from_secs(240),
+    run: pulse,
+};
+
+fn micro(context: &Context, moves: usize) -> Result<()> {
+    let kernel = context.images.join("micro.elf").display().to_string();
+    let words = "ws=32M rate=20000 tick=20 pattern=check";
+    let machine = ["--kernel", &kernel, "--cmdline", words, "--memory=128M"];
+    let mut godwit = Godwit::run(context, "stop0", &machine)?;
+    let mut console = godwit.console()?;
+    for stop in 1..=moves {
+        console.expect("tick", Duration::from_secs(20))?;
+        let tracker = if stop % 4 < 2 { "--dirty=log" } else { "--dirty=ring" };
+        let target = Godwit::receive(context, &format!("stop{stop}"), &[tracker])?;
+        let next = target.console()?;
+        let status = godwit.migrate(&target, BOTH[stop % 2], Duration::from_secs(30))?;
+        println!("move {stop}: {:?}, {} rounds, downtime {:?}", status.mode, status.rounds.len(), status.downtime_ms);
+        (godwit, console) = (target, next);
+    }
+    verify_micro(godwit, console)
+}
+
+/// Lets the micro guest look at every page, and power off.
+fn verify_micro(godwit: Godwit, mut console: crate::console::Console) -> Result<()> {
+    console.say("q")?;
+    let last = console.find("the guest's last word", Duration::from_secs(60), |line| {
+        let word = Line::parse(&line.text);
+        matches!(word, Line::End { .. } | Line::Bad(_)).then_some(word)
+    })?;
+    ensure!(matches!(last, Line::End { bad: 0, .. }), "The guest says {last:?}");
+    godwit.finish(Duration::from_secs(10))?.expect(0, "The guest powered off")
+}
+
+fn two_regions(context: &Context) -> Result<()> {
+    let kernel = context.images.join("micro.elf").display().to_string();
+    let machine = ["--kernel", &kernel, "--cmdline", "ws=16M rate=5000 tick=20", "--memory=5G"];
+    let mut godwit = Godwit::run(context, "stop0", &machine)?;
+    for (stop, mode) in [(1, MigrationMode::Live), (2, MigrationMode::Stop)] {
+        let target = Godwit::receive(context, &format!("stop{stop}"), &[])?;
+        godwit.migrate(&target, mode, Duration::from_secs(30))?;
+        godwit = target;
+    }
+    let mut console = godwit.console()?;
+    console.expect("tick", Duration::from_secs(20))?;
+    verify_micro(godwit, console)
+}
+
+fn linux(context: &Context, vcpus: u32, round_trips: usize) -> Result<()> {
+    let disk = context.work.join("disk.img");
+    std::fs::File::create(&disk)?.set_len(32 << 20)?;
+    let disk = format!("path={}", disk.display());
+    let vcpus_option = format!("--vcpus={vcpus}");
+    let machine = ["--memory=160M", "--disk", &disk, &vcpus_option];
+    let verifier = format!("--memory 8M --rate 500 --threads {vcpus} --disk /dev/vda --disk-size 8M --tick-ms 50");
+    let mut traveller = Traveller::set_out(context, &machine, &verifier)?;
+    for trip in 0..round_trips {
+        for mode in if trip % 2 == 0 { BOTH } else { [BOTH[1], BOTH[0]] } {
+            let moved = traveller.travel(context, mode, &[])?;
+            println!(
+                "trip {trip}: {mode:?}, {} rounds, total {}, downtime {:?}, as the guest saw it {:?}",
+                moved.status.rounds.len(),
+                moved.status.total_ms,
+                moved.status.downtime_ms,
+                moved.guest_downtime
+            );
+        }
+        traveller.prove()?;
+    }
+    traveller.arrive()
+}
+
+fn pulse(context: &Context) -> Result<()> {
+    let disk = context.work.join("disk.img");
+    std::fs::File::create(&disk)?.set_len(32 << 20)?;
+    let disk = format!("path={}", disk.display());
+    let machine = ["--memory=160M", "--disk", &disk, "--vcpus=2", "--balloon=on,free-page-reporting"];
+    let verifier = "--memory 8M --rate 500 --threads 2 --disk /dev/vda --disk-size 8M --tick-ms 50";
+    let mut traveller = Traveller::set_out(context, &machine, verifier)?;
+    for _ in 0..20 {
+        let times = std::num::NonZeroU32::MIN;
+        let reply = traveller.godwit().client().call(&control::Request::Pulse(control::Pulse { times }))?;
+        println!("{reply:?}");
+        ensure!(traveller.godwit().vm()?.phase == Phase::Running, "The guest does not run after a pulse");
+    }
+    traveller.prove()?;
+    traveller.arrive()
+}

@@ -1,0 +1,116 @@
+//! A guest that works while it is moved from one Godwit to the next, and tells from inside whether anything was lost.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use control::{MigrationMode, MigrationStatus};
+use verifier::report::{Line as Word, Report};
+
+use crate::console::Console;
+use crate::godwit::Godwit;
+use crate::scenario::Context;
+
+/// How long a guest in an emulated lab may take to boot.
+const BOOT_WITHIN: Duration = Duration::from_secs(90);
+
+/// How long one move may take.
+const MOVE_WITHIN: Duration = Duration::from_secs(60);
+
+/// How long the verifier may take to look at everything.
+const REPORT_WITHIN: Duration = Duration::from_secs(120);
+
+/// How long a guest may take for its next tick after it arrived.
+const TICK_WITHIN: Duration = Duration::from_secs(30);
+
+/// What one move was like.
+#[derive(Debug)]
+pub struct Move {
+    /// The target's account.
+    pub status: MigrationStatus,
+    /// From the last tick that was heard at the source to the first at the target.
+    pub guest_downtime: Duration,
+}
+
+/// A guest of the `tiny` image that runs the verifier.
+#[derive(Debug)]
+pub struct Traveller {
+    godwit: Godwit,
+    console: Console,
+    stop: u32,
+}
+
+impl Traveller {
+    /// Boots the guest with options of its own for `godwit run` and for the verifier, and waits until it works.
+    pub fn set_out(context: &Context, options: &[&str], verifier: &str) -> Result<Self> {
+        let kernel = context.images.join("vmlinux").display().to_string();
+        let initramfs = context.images.join("initramfs").display().to_string();
+        let words = format!("console=ttyS0 quiet panic=1 godwit.run=\"verifier {verifier}\"");
+        let machine = ["--kernel", &kernel, "--initramfs", &initramfs, "--cmdline", &words];
+        let godwit = Godwit::run(context, "stop0", &[&machine, options].concat())?;
+        let mut console = godwit.console()?;
+        console.find("the verifier's first word", BOOT_WITHIN, |line| {
+            matches!(Word::parse(&line.text), Some(Word::Ready { .. } | Word::Tick { .. })).then_some(())
+        })?;
+        Ok(Self { godwit, console, stop: 0 })
+    }
+
+    /// The process that it is in now.
+    pub fn godwit(&self) -> &Godwit {
+        &self.godwit
+    }
+
+    /// Moves it to a new Godwit that is started with `options`.
+    pub fn travel(&mut self, context: &Context, mode: MigrationMode, options: &[&str]) -> Result<Move> {
+        self.stop += 1;
+        let target = Godwit::receive(context, &format!("stop{}", self.stop), options)?;
+        let mut console = target.console()?;
+        self.godwit.start_migration(&target, mode)?;
+        let first = await_tick(&mut console, MOVE_WITHIN)
+            .with_context(|| format!("The source says {:?} and {:?}", self.godwit.migration(), self.godwit.words()))?;
+        let last = self.console.pending().iter().filter(|line| is_tick(&line.text)).map(|line| line.at).last();
+        self.console = console;
+        let source = std::mem::replace(&mut self.godwit, target);
+        source.finish(MOVE_WITHIN)?.expect(0, "The guest has moved to")?;
+        let status = self.godwit.migration()?.context("The target has no account of the migration")?;
+        let guest_downtime = last.map_or(Duration::ZERO, |last| first.saturating_duration_since(last));
+        Ok(Move { status, guest_downtime })
+    }
+
+    /// Asks the verifier; an answer that a kernel message fell into is asked for again.
+    pub fn report(&mut self) -> Result<Report> {
+        for _ in 0..3 {
+            self.console.say("report")?;
+            let answer =
+                self.console.find("the verifier's report", REPORT_WITHIN, |line| match Word::parse(&line.text) {
+                    Some(Word::Report(report)) => Some(Some(*report)),
+                    None if line.text.contains("\"type\":\"report\"") => Some(None),
+                    _ => None,
+                })?;
+            if let Some(report) = answer {
+                return Ok(report);
+            }
+        }
+        anyhow::bail!("The verifier's report cannot be read")
+    }
+
+    /// Checks that nothing was lost so far.
+    pub fn prove(&mut self) -> Result<Report> {
+        let report = self.report()?;
+        ensure!(report.ok, "The guest is not well: {}", serde_json::to_string(&report)?);
+        Ok(report)
+    }
+
+    /// Ends the guest.
+    pub fn arrive(self) -> Result<()> {
+        self.godwit.client().call(&control::Request::Kill)?;
+        self.godwit.finish(TICK_WITHIN)?.expect(0, "ended by request")
+    }
+}
+
+fn is_tick(text: &str) -> bool {
+    matches!(Word::parse(text), Some(Word::Tick { .. }))
+}
+
+fn await_tick(console: &mut Console, within: Duration) -> Result<Instant> {
+    console.find("a tick", within, |line| is_tick(&line.text).then_some(line.at))
+}
