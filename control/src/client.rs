@@ -18,6 +18,7 @@ use hyper::header::{CONTENT_TYPE, HOST};
 use hyper_util::rt::TokioIo;
 use std::error::Error as StdError;
 use std::io::{self, ErrorKind};
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use thiserror::Error;
@@ -48,6 +49,12 @@ pub enum ClientError {
     /// There is a file that nobody listens to.
     #[error("No Godwit listens at {}: the process that made the socket has ended", path.display())]
     NobodyListens {
+        /// The path.
+        path: PathBuf,
+    },
+    /// There is something else.
+    #[error("No Godwit listens at {}: it is not a socket", path.display())]
+    NotASocket {
         /// The path.
         path: PathBuf,
     },
@@ -240,7 +247,10 @@ impl Client {
         let path = self.path.clone();
         match source.kind() {
             ErrorKind::NotFound => ClientError::NoSocket { path },
-            ErrorKind::ConnectionRefused => ClientError::NobodyListens { path },
+            ErrorKind::ConnectionRefused => match path.metadata() {
+                Ok(found) if !found.file_type().is_socket() => ClientError::NotASocket { path },
+                Ok(_) | Err(_) => ClientError::NobodyListens { path },
+            },
             ErrorKind::PermissionDenied => ClientError::NotPermitted { path },
             _ => ClientError::Host { path, source },
         }

@@ -36,7 +36,7 @@ impl fmt::Display for Millis {
 
 impl Serialize for Millis {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.serialize_f64(Duration::from(*self).as_secs_f64() * 1e3)
+        serializer.serialize_f64(Duration::from(*self).as_nanos() as f64 / 1e6)
     }
 }
 

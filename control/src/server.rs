@@ -107,12 +107,21 @@ impl Default for Limits {
 }
 
 /// How a server is started.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub struct ServerOptions {
     /// Whether requests for tests are admitted.
     pub test_requests: TestRequests,
     /// What it takes from its clients.
     pub limits: Limits,
+    /// What the server's thread does before anything else; its process's way to confine it. Further threads are its
+    /// children.
+    pub thread_start: fn(),
+}
+
+impl Default for ServerOptions {
+    fn default() -> Self {
+        Self { test_requests: TestRequests::default(), limits: Limits::default(), thread_start: || {} }
+    }
 }
 
 /// Why a server cannot start.
@@ -152,10 +161,12 @@ impl Server {
             UnixListener::from_std(listener).map_err(ServerError::Runtime)?
         };
         let (stop, end) = watch::channel(false);
+        let thread_start = options.thread_start;
         let desk = Arc::new(Desk::new(handler, events, options, ServerEnd(end)));
         let thread = std::thread::Builder::new()
             .name("godwit-api".to_owned())
             .spawn(move || {
+                thread_start();
                 runtime.block_on(serve(listener, desk));
                 // A handler that hangs must not hold up the end of the process.
                 runtime.shutdown_background();

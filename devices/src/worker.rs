@@ -107,6 +107,9 @@ impl Drop for Thread {
     }
 }
 
+/// What a thread does before anything else; its process's way to confine it.
+pub type ThreadStart = fn();
+
 /// A handle to a worker thread. Clones share it, and it ends with the last of them.
 #[derive(Clone)]
 pub struct Worker {
@@ -120,11 +123,11 @@ impl fmt::Debug for Worker {
 }
 
 impl Worker {
-    /// Starts a thread. Linux shows the first 15 bytes of its `name`.
+    /// Starts a thread, which calls `start` first. Linux shows the first 15 bytes of its `name`.
     ///
     /// # Errors
     /// [`WorkerError`] if the host refuses a thread or its epoll descriptor.
-    pub fn spawn(name: &str) -> Result<Self, WorkerError> {
+    pub fn spawn(name: &str, start: ThreadStart) -> Result<Self, WorkerError> {
         let mut manager = EventManager::<Subscriber>::new()?;
         let endpoint = manager.remote_endpoint();
         let ends = Arc::new(AtomicBool::new(false));
@@ -132,6 +135,7 @@ impl Worker {
         let join = std::thread::Builder::new()
             .name(name.to_owned())
             .spawn(move || {
+                start();
                 while !told.load(Ordering::Acquire) {
                     if let Err(error) = manager.run() {
                         tracing::error!(%error, "A worker's event loop failed; its devices stand still");
@@ -188,14 +192,17 @@ impl Drop for Attachment {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::cell::Cell;
     use std::os::fd::AsRawFd;
     use std::sync::mpsc::{Sender, channel};
     use std::time::Duration;
     use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+    thread_local!(static STARTED: Cell<bool> = const { Cell::new(false) });
+
     struct Echo {
         event: EventFd,
-        heard: Sender<(u32, String)>,
+        heard: Sender<(u32, String, bool)>,
     }
     impl Task for Echo {
         fn begin(&mut self, polls: &mut Polls<'_, '_>) -> Result<(), WorkerError> {
@@ -204,18 +211,18 @@ mod tests {
         fn ready(&mut self, token: u32, _: &mut Polls<'_, '_>) {
             self.event.read().unwrap();
             let name = std::thread::current().name().unwrap_or_default().to_owned();
-            self.heard.send((token, name)).unwrap();
+            self.heard.send((token, name, STARTED.get())).unwrap();
         }
     }
 
     #[test]
     fn events_reach_the_task_on_its_thread_until_it_is_detached() {
-        let worker = Worker::spawn("blk0").unwrap();
+        let worker = Worker::spawn("blk0", || STARTED.set(true)).unwrap();
         let event = EventFd::new(EFD_NONBLOCK).unwrap();
         let (heard, hears) = channel();
         let attachment = worker.attach(Box::new(Echo { event: event.try_clone().unwrap(), heard })).unwrap();
         event.write(1).unwrap();
-        assert_eq!(hears.recv_timeout(Duration::from_secs(5)).unwrap(), (7, "blk0".to_owned()));
+        assert_eq!(hears.recv_timeout(Duration::from_secs(5)).unwrap(), (7, "blk0".to_owned(), true));
         drop(attachment);
         assert!(hears.recv().is_err(), "the task is dropped with its attachment");
         event.write(1).unwrap();
@@ -231,14 +238,14 @@ mod tests {
             }
             fn ready(&mut self, _: u32, _: &mut Polls<'_, '_>) {}
         }
-        let worker = Worker::spawn("files").unwrap();
+        let worker = Worker::spawn("files", || {}).unwrap();
         let file = tempfile::tempfile().unwrap();
         assert!(matches!(worker.attach(Box::new(File(file))), Err(WorkerError::Poll(_))));
     }
 
     #[test]
     fn the_thread_ends_with_its_last_handle() {
-        let worker = Worker::spawn("short").unwrap();
+        let worker = Worker::spawn("short", || {}).unwrap();
         let ends = Arc::clone(&worker.thread.ends);
         let other = worker.clone();
         drop(worker);

@@ -287,10 +287,7 @@ mod tests {
     fn golden_bytes() {
         let mut state = SavedState::new();
         state.put("lamp0", &LampSavedV1 { on: true, brightness: 300 }).unwrap();
-        assert_eq!(
-            state.encode(),
-            b"GWSTATE1\x01\0\0\0\x05\0lamp0\x04\0lamp\x01\0\x03\0\0\0\x01\xac\x02"
-        );
+        assert_eq!(state.encode(), b"GWSTATE1\x01\0\0\0\x05\0lamp0\x04\0lamp\x01\0\x03\0\0\0\x01\xac\x02");
     }
 
     #[test]

@@ -37,7 +37,8 @@ impl Console {
         let (found, lines) = channel();
         thread::Builder::new().name("console".to_owned()).spawn(move || {
             let mut bytes = Vec::new();
-            while matches!(reader.read_until(b'\n', &mut bytes), Ok(1..)) {
+            // A line that is still unfinished when the console closes goes on somewhere else, if the guest has moved.
+            while matches!(reader.read_until(b'\n', &mut bytes), Ok(1..)) && bytes.ends_with(b"\n") {
                 let text = String::from_utf8_lossy(&bytes).trim_end().to_owned();
                 if found.send(Line { at: Instant::now(), text }).is_err() {
                     return;

@@ -7,6 +7,7 @@
 
 pub mod agent;
 pub mod bench;
+pub mod bridge;
 pub mod console;
 pub mod demo;
 pub mod godwit;

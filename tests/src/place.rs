@@ -18,7 +18,8 @@ pub const PLACE_VARIABLE: &str = "GODWIT_PLACE";
 const KVM_API_VERSION: i32 = 12;
 
 /// Where to run what needs Linux guests.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
 pub enum Place {
     /// On this machine's own KVM.
     Host,

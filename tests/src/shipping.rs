@@ -14,7 +14,7 @@ use crate::lab::wire::End;
 use crate::lab::{CONSOLE_LINES, Event, Lab};
 use crate::place::{Choice, Place, kvm_works};
 use crate::scenario::{Needs, Scenario, select};
-use crate::scenarios::ALL;
+use crate::scenarios::{ALL, SOAK};
 use crate::tally::Tally;
 
 /// What a run takes beside the scenarios' own times: cleaning up after each.
@@ -34,6 +34,8 @@ pub struct Plan {
     pub images: PathBuf,
     /// Parts of names; all scenarios without any.
     pub filters: Vec<String>,
+    /// Whether the soak scenarios run too.
+    pub soak: bool,
     /// Where Linux guests run.
     pub choice: Choice,
     /// Memory of a lab.
@@ -44,7 +46,14 @@ impl Plan {
     /// Runs the chosen scenarios where each can run. An error is a failure of the harness, not of a scenario.
     pub fn run(&self) -> Result<Tally> {
         let host_has_kvm = kvm_works().is_ok();
-        let chosen = select(ALL, &self.filters);
+        let (soak, mut chosen): (Vec<&Scenario>, Vec<&Scenario>) =
+            select(ALL, &self.filters).into_iter().partition(|scenario| SOAK.contains(&scenario.name));
+        if self.soak {
+            chosen.extend(soak);
+        } else if !soak.is_empty() {
+            let names: Vec<_> = soak.iter().map(|scenario| scenario.name).collect();
+            println!("Not run, for they need --soak: {}", names.join(", "));
+        }
         let (host, lab): (Vec<_>, Vec<_>) = chosen.into_iter().partition(|scenario| match scenario.needs {
             Needs::Kvm => host_has_kvm,
             Needs::LinuxGuests => self.choice.place == Place::Host,

@@ -40,11 +40,13 @@ pub struct Traveller {
 }
 
 impl Traveller {
-    /// Boots the guest with options of its own for `godwit run` and for the verifier, and waits until it works.
-    pub fn set_out(context: &Context, options: &[&str], verifier: &str) -> Result<Self> {
+    /// Boots the guest with options of its own for `godwit run`, for its kernel and for the verifier, and waits until it
+    /// works.
+    pub fn set_out(context: &Context, options: &[&str], parameters: &str, verifier: &str) -> Result<Self> {
         let kernel = context.images.join("vmlinux").display().to_string();
         let initramfs = context.images.join("initramfs").display().to_string();
-        let words = format!("console=ttyS0 quiet panic=1 godwit.run=\"verifier {verifier}\"");
+        let tsc = host_tsc_parameter();
+        let words = format!("console=ttyS0 quiet panic=1 {tsc} {parameters} godwit.run=\"verifier {verifier}\"");
         let machine = ["--kernel", &kernel, "--initramfs", &initramfs, "--cmdline", &words];
         let godwit = Godwit::run(context, "stop0", &[&machine, options].concat())?;
         let mut console = godwit.console()?;
@@ -65,9 +67,10 @@ impl Traveller {
         let target = Godwit::receive(context, &format!("stop{}", self.stop), options)?;
         let mut console = target.console()?;
         self.godwit.start_migration(&target, mode)?;
-        let first = await_tick(&mut console, MOVE_WITHIN)
-            .with_context(|| format!("The source says {:?} and {:?}", self.godwit.migration(), self.godwit.words()))?;
-        let last = self.console.pending().iter().filter(|line| is_tick(&line.text)).map(|line| line.at).last();
+        let first = await_tick(&mut console, MOVE_WITHIN).with_context(|| {
+            format!("The source says:\n{}The target says:\n{}", self.godwit.words(), target.words())
+        })?;
+        let last = self.console.pending().iter().rfind(|line| is_tick(&line.text)).map(|line| line.at);
         self.console = console;
         let source = std::mem::replace(&mut self.godwit, target);
         source.finish(MOVE_WITHIN)?.expect(0, "The guest has moved to")?;
@@ -104,6 +107,17 @@ impl Traveller {
     pub fn arrive(self) -> Result<()> {
         self.godwit.client().call(&control::Request::Kill)?;
         self.godwit.finish(TICK_WITHIN)?.expect(0, "ended by request")
+    }
+}
+
+/// Tells the guest's kernel what its host's kernel knows of the TSC. Where that has found it unsteady, as in an emulated
+/// lab, KVM brings a guest's TSC forward as it sees fit, and the guest would find that out after a move.
+pub fn host_tsc_parameter() -> &'static str {
+    let sources = std::fs::read_to_string("/sys/devices/system/clocksource/clocksource0/available_clocksource");
+    if sources.is_ok_and(|sources| sources.split_whitespace().any(|source| source == "tsc")) {
+        ""
+    } else {
+        "tsc=unstable"
     }
 }
 

@@ -15,6 +15,7 @@ pub mod layout;
 pub mod machine;
 pub mod memory;
 pub mod migrate;
+pub mod seccomp;
 pub mod service;
 pub mod state;
 pub mod vcpu;

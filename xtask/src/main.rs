@@ -1,4 +1,4 @@
-//! The one entry for people and CI: `cargo xtask test`, `check`, `lab`.
+//! The one entry for people and CI: `cargo xtask demo`, `test`, `check`, `bench`, `image`, `lab`.
 //!
 //! Progress goes to standard error, results to standard output. Exit status 0 when all is well, 1 when something failed,
 //! 2 when it was called wrongly; `lab` ends with the status of its command.
@@ -7,7 +7,10 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+mod bench;
 mod check;
+mod demo;
+mod image;
 mod lab;
 mod packages;
 mod terminal;
@@ -23,6 +26,12 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Task {
+    /// Boots a Debian guest with a workload, moves it live to a second Godwit and back stopped, and shows how it went.
+    Demo(demo::Options),
+    /// Measures what the project promises, beside QEMU.
+    Bench(bench::Options),
+    /// Makes a guest image, for `godwit` by hand.
+    Image(image::Options),
     /// Checks the sources without running them: format, lints, documentation, dependencies, spelling.
     Check,
     /// Runs every test, and every scenario where it can run: on this host or in the nested lab.
@@ -33,6 +42,9 @@ enum Task {
 
 fn main() -> ExitCode {
     let done = match Arguments::parse().task {
+        Task::Demo(options) => demo::demo(&options),
+        Task::Bench(options) => bench::bench(&options),
+        Task::Image(options) => image::image(&options),
         Task::Check => check::check(),
         Task::Test(options) => test::test(&options),
         Task::Lab(options) => lab::lab(options),

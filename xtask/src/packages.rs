@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail, ensure};
-use guest_images::{kernel, tiny};
+use guest_images::{debian, kernel, micro, tiny};
 
 /// What a nested lab is made of: QEMU with its firmware, the shell and the network tools inside, mke2fs for its root,
 /// ldd, and setpriv around QEMU.
@@ -19,7 +19,7 @@ pub(crate) fn for_lab() -> Vec<&'static str> {
 
 /// Packages of `cargo xtask test`.
 pub(crate) fn for_test() -> Vec<&'static str> {
-    [LAB, kernel::PACKAGES, tiny::PACKAGES].concat()
+    [LAB, kernel::PACKAGES, tiny::PACKAGES, micro::PACKAGES, debian::PACKAGES, &["curl"]].concat()
 }
 
 /// Installs those that are missing, and says which before it does.

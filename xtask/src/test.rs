@@ -26,6 +26,9 @@ pub(crate) struct Options {
     /// Only tests and scenarios with this in their names; may be given several times.
     #[arg(long)]
     filter: Vec<String>,
+    /// Run the soak scenarios too: Linux guests moved many times. In an emulated lab they can lock up the lab's kernel.
+    #[arg(long)]
+    soak: bool,
 }
 
 /// Runs the tests and prints the closing line.
@@ -33,7 +36,7 @@ pub(crate) fn test(options: &Options) -> Result<ExitCode> {
     let start = Instant::now();
     packages::ensure(&packages::for_test())?;
     let mut tally = cargo_test(&options.filter)?;
-    tally += scenarios(&options.filter).unwrap_or_else(|error| {
+    tally += scenarios(options).unwrap_or_else(|error| {
         println!("FAIL  the scenarios did not run: {error:#}");
         Tally { passed: 0, failed: 1 }
     });
@@ -72,13 +75,21 @@ fn is_news(line: &str) -> bool {
     !(passed || line.is_empty() || line.starts_with("running "))
 }
 
-fn scenarios(filters: &[String]) -> Result<Tally> {
+fn scenarios(options: &Options) -> Result<Tally> {
     build(&["--workspace", "--bins"])?;
     let binaries = binaries()?;
     let images = scenario_images(&binaries)?;
     // The trial boot belongs to `godwit` itself and comes with it.
     let choice = Choice::make(|| Ok(()))?;
-    Plan { binaries, images, filters: filters.to_vec(), choice, lab_memory_mib: LAB_MEMORY_MIB }.run()
+    let filters = options.filter.clone();
+    Plan { binaries, images, filters, soak: options.soak, choice, lab_memory_mib: LAB_MEMORY_MIB }.run()
+}
+
+fn link(image: &Path, link: &Path) -> Result<()> {
+    if link.is_symlink() {
+        fs::remove_file(link)?;
+    }
+    symlink(image, link).with_context(|| format!("Cannot link {}", link.display()))
 }
 
 /// A folder with the images of the scenarios under their plain names, as links into the image cache.
@@ -95,11 +106,7 @@ pub(crate) fn scenario_images(binaries: &Path) -> Result<PathBuf> {
         ("micro.elf", micro),
     ];
     for (name, image) in images {
-        let link = folder.join(name);
-        if link.is_symlink() {
-            fs::remove_file(&link)?;
-        }
-        symlink(&image, &link).with_context(|| format!("Cannot link {}", link.display()))?;
+        link(image.as_ref(), &folder.join(name))?;
     }
     Ok(folder)
 }

@@ -35,7 +35,7 @@ fn nobody_there_is_said_plainly() {
     assert!(error_of(&client).ends_with("the process that made the socket has ended"));
     assert!(matches!(client.events(After::Now), Err(ClientError::NobodyListens { .. })));
     assert!(error_of(&Client::new("/run/".to_owned() + &"p".repeat(108))).contains("at most 107"));
-    assert!(matches!(Client::new(directory.path()).call(&Request::ShowVm), Err(ClientError::NobodyListens { .. })));
+    assert!(matches!(Client::new(directory.path()).call(&Request::ShowVm), Err(ClientError::NotASocket { .. })));
     // Root may connect to everything, so the refusal itself cannot be provoked everywhere.
     let not_permitted = client.no_connection(ErrorKind::PermissionDenied.into());
     assert!(not_permitted.to_string().starts_with("No permission to talk to the Godwit at"));

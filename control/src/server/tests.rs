@@ -120,7 +120,7 @@ impl Stage {
         let phase = Mutex::new(Phase::Running);
         let vm = Arc::new(PlayedVm { phase, hanging: Mutex::new(true), let_go: Condvar::new() });
         let events = Events::default();
-        let options = ServerOptions { test_requests: TestRequests::Admitted, limits };
+        let options = ServerOptions { test_requests: TestRequests::Admitted, limits, ..ServerOptions::default() };
         let server = Server::start(socket, Arc::clone(&vm) as Arc<dyn Handler>, events.clone(), options).unwrap();
         Self { vm, events, server: Some(server), directory }
     }

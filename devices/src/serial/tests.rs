@@ -227,7 +227,7 @@ fn impossible_registers_are_refused() {
 fn connected(console: Console) -> (SerialPort, ConsoleLink) {
     let (sink, input) = console.split();
     let port = SerialPort::new(parts(sink).0).unwrap();
-    let link = input.connect(port.input(), &Worker::spawn("console").unwrap()).unwrap();
+    let link = input.connect(port.input(), &Worker::spawn("console", || {}).unwrap()).unwrap();
     (port, link)
 }
 
@@ -320,7 +320,7 @@ fn keys_reach_the_guest_and_the_escape_reaches_us() {
     let rig = Rig::new();
     let (quit, quits) = std::sync::mpsc::channel();
     let pump = terminal::TerminalPump::new(keyboard, rig.port.input(), Box::new(move || quit.send(()).unwrap()));
-    let worker = Worker::spawn("keyboard").unwrap();
+    let worker = Worker::spawn("keyboard", || {}).unwrap();
     let attachment = worker.attach(Box::new(pump)).unwrap();
     far.write_all(&[b'k'; 200]).unwrap();
     assert!((0..200).all(|_| typed(&rig.port) == b'k'));
@@ -339,7 +339,7 @@ fn keys_may_come_from_a_file() {
     io::Seek::rewind(&mut file).unwrap();
     let rig = Rig::new();
     let pump = terminal::TerminalPump::new(file, rig.port.input(), Box::new(|| {}));
-    let worker = Worker::spawn("keyboard").unwrap();
+    let worker = Worker::spawn("keyboard", || {}).unwrap();
     let _attachment = worker.attach(Box::new(pump)).unwrap();
     assert!((0..100).all(|_| typed(&rig.port) == b'f'));
 }

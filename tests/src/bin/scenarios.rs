@@ -7,6 +7,9 @@ use std::process::ExitCode;
 
 use anyhow::{Context as _, Result};
 use clap::{Parser, Subcommand};
+use godwit_tests::bench::boot::{self, Contestants};
+use godwit_tests::demo;
+use godwit_tests::place::Place;
 use godwit_tests::scenario::runner::{self, Setup};
 use godwit_tests::scenario::{Context, named, select};
 use godwit_tests::scenarios::ALL;
@@ -35,6 +38,36 @@ enum Action {
         exact: bool,
         /// Parts of the names of the scenarios to run; all of them without any.
         names: Vec<String>,
+    },
+    /// Moves a working guest live and back stopped, and shows what that was like.
+    Demo {
+        /// The godwit binary.
+        #[arg(long, env = "GODWIT")]
+        godwit: PathBuf,
+        /// The folder of guest images.
+        #[arg(long, env = "GODWIT_IMAGES")]
+        images: PathBuf,
+        /// Where this is.
+        #[arg(long, default_value = "host")]
+        place: Place,
+        /// Print one JSON object per migration.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Measures how long Godwit and QEMU take to the init of a Linux guest here, and prints JSON.
+    BenchLinux {
+        /// The godwit binary.
+        #[arg(long, env = "GODWIT")]
+        godwit: PathBuf,
+        /// The folder of guest images.
+        #[arg(long, env = "GODWIT_IMAGES")]
+        images: PathBuf,
+        /// QEMU.
+        #[arg(long)]
+        qemu: PathBuf,
+        /// How often each of them boots.
+        #[arg(long)]
+        runs: usize,
     },
     /// Runs the body of one scenario in this process, without limit or cleaning up.
     #[command(hide = true, name = runner::BODY)]
@@ -70,6 +103,18 @@ fn act(action: Action) -> Result<bool> {
             let setup = Setup { binary: &binary, godwit: &godwit, images: &images };
             let tally = runner::run(&chosen, &setup, &mut std::io::stdout().lock())?;
             Ok(tally.failed == 0)
+        }
+        Action::Demo { godwit, images, place, json } => {
+            demo::check_images(&images)?;
+            demo::run(&godwit, &images, demo::Telling { place, json })
+        }
+        Action::BenchLinux { godwit, images, qemu, runs } => {
+            let work = tempfile::tempdir().context("Cannot make a folder")?;
+            let contestants = Contestants { godwit, qemu, work: work.path().to_owned() };
+            for series in boot::linux(&contestants, &images, runs)? {
+                println!("{}", serde_json::to_string(&series)?);
+            }
+            Ok(true)
         }
         Action::Body { name, godwit, images, work } => {
             runner::body(ALL, &name, &Context { godwit, images, work })?;

@@ -24,9 +24,7 @@ use crate::place::Accelerator;
 const LOOK: Duration = Duration::from_millis(50);
 
 /// What the lab's kernel is told. The lab is trusted and short-lived, and its processor is emulated: no mitigations.
-/// `tsc=reliable`: the emulated TSC keeps time, but the kernel's watchdog would compare it with slower timers and call it
-/// unstable; KVM would then bring the TSC of each restored guest forward, away from the guest's other clock.
-const KERNEL_ARGUMENTS: &str = "console=ttyS0 panic=1 reboot=t quiet mitigations=off net.ifnames=0 tsc=reliable";
+const KERNEL_ARGUMENTS: &str = "console=ttyS0 panic=1 reboot=t quiet mitigations=off net.ifnames=0";
 
 /// What QEMU is started with.
 #[derive(Debug, Clone)]

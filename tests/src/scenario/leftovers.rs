@@ -64,7 +64,7 @@ pub(super) fn clear(before: &Census, work: &Path) -> Vec<String> {
 }
 
 /// Kills and reaps everything that descends from this process.
-pub(super) fn kill_descendants() {
+pub(crate) fn kill_descendants() {
     let deadline = Instant::now() + KILL_WAIT;
     loop {
         let descendants = descendants();

@@ -4,7 +4,7 @@
 //! runner ([`runner`]) gives it a time limit, looks for leftovers afterwards ([`leftovers`]), and tells. The scenarios
 //! themselves are in [`crate::scenarios`].
 
-mod leftovers;
+pub(crate) mod leftovers;
 pub mod runner;
 
 use std::path::PathBuf;

@@ -53,18 +53,20 @@ fn kernel(context: &Context, name: &str, program: Program) -> Result<String> {
 
 fn ends(context: &Context) -> Result<()> {
     let start = || Program::default().say("here");
-    let no_interrupts = [0x0f, 0x01, 0x1d, 0, 0, 0x20, 0, 0xcc]; // lidt [2 MiB], which is zero; int3
+    // lidt [2 MiB], where zeros are: no interrupt has a handler; xor ecx, ecx; div ecx
+    let no_handlers = [0x0f, 0x01, 0x1d, 0, 0, 0x20, 0, 0x31, 0xc9, 0xf7, 0xf1];
     let guests = [
         ("off", start().out_word(0x604, SOFT_OFF), 0, "The guest powered off"),
         ("reset-register", start().out_byte(0xcf9, 6), 20, "The guest asked for a reboot"),
         ("keyboard-controller", start().out_byte(0x64, 0xfe), 20, "The guest asked for a reboot"),
-        ("triple-fault", start().code(&no_interrupts), 21, "The guest stopped by a triple fault"),
+        ("triple-fault", start().code(&no_handlers), 21, "The guest stopped by a triple fault"),
         ("panic", start().out_byte(0x505, 1), 22, "The guest's kernel panicked"),
     ];
     for (name, program, status, sentence) in guests {
         println!("{name}");
         let kernel = kernel(context, name, program)?;
-        let (ended, console) = call(context, &["run", "--kernel", &kernel, "--memory=32M", "--serial=file:/dev/stdout"])?;
+        let (ended, console) =
+            call(context, &["run", "--kernel", &kernel, "--memory=32M", "--serial=file:/dev/stdout"])?;
         ended.expect(status, &format!("godwit: {sentence}"))?;
         ensure!(console.contains("here"), "The guest said {console:?}");
     }
@@ -99,7 +101,10 @@ fn by_signal(context: &Context) -> Result<()> {
     }
     let (help, text) = call(context, &["run", "--help"])?;
     help.expect(0, "")?;
-    ensure!(text.contains("SIGTERM") && text.contains("triple fault"), "The help does not explain exit statuses: {text}");
+    ensure!(
+        text.contains("SIGTERM") && text.contains("triple fault"),
+        "The help does not explain exit statuses: {text}"
+    );
     Ok(())
 }
 
@@ -162,7 +167,7 @@ fn offer(program: Program, head: u32, count: u32) -> Program {
 
 /// Notifies the device and waits for it to give up.
 fn suffer(program: Program) -> Program {
-    program.store(QUEUE_NOTIFY, 0).await_bits(STATUS, NEEDS_RESET).say("the device needs a reset")
+    program.store(QUEUE_NOTIFY, 0).await_bits(STATUS, NEEDS_RESET).repeat("the device needs a reset")
 }
 
 fn hostile_guest(context: &Context) -> Result<()> {

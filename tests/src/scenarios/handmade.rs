@@ -62,6 +62,15 @@ impl Program {
         self.code(&[0xa1]).code(&address.to_le_bytes()).code(&[0xa8, mask, 0x74, 0xf7])
     }
 
+    /// Writes a line to the console again and again, since nobody may listen yet.
+    pub(super) fn repeat(self, line: &str) -> Self {
+        let start = self.0.len();
+        // mov ecx, 2^15; loop to itself; jmp to the line
+        let program = self.say(line).code(&[0xb9, 0, 0x80, 0, 0, 0xe2, 0xfe, 0xe9]);
+        let back = u32::try_from(program.0.len() + 4 - start).expect("programs are short").wrapping_neg();
+        program.code(&back.to_le_bytes())
+    }
+
     /// Halts for ever, and writes the file.
     pub(super) fn write(self, path: &Path) -> Result<()> {
         let code = self.code(&[0xf4, 0xeb, 0xfd]).0; // hlt; jmp back to it

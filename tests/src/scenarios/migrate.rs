@@ -5,10 +5,15 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 use control::{MigrationMode, Phase};
 use guest_images::micro::Line;
+use verifier::net::Client;
 
+use crate::bridge::Bridge;
 use crate::godwit::Godwit;
 use crate::scenario::{Context, Needs, Scenario};
 use crate::traveller::Traveller;
+
+/// How long an answer over the guest's TCP connection may take: the downtime, and TCP's patience with a lost packet.
+const CONNECTION_PATIENCE: Duration = Duration::from_secs(30);
 
 const BOTH: [MigrationMode; 2] = [MigrationMode::Live, MigrationMode::Stop];
 
@@ -33,25 +38,25 @@ pub(super) const MICRO_TWO_REGIONS: Scenario = Scenario {
 /// See its `about`.
 pub(super) const LINUX: Scenario = Scenario {
     name: "migrate-linux",
-    about: "Linux with 1 vCPU and a disk is moved there and back 50 times, live and stopped in turn; nothing is lost",
+    about: "Linux with 1 vCPU, disk and TCP connection is moved there and back 4 times, live and stopped in turn; nothing is lost",
     needs: Needs::LinuxGuests,
-    timeout: Duration::from_secs(600),
-    run: |context| linux(context, 1, 50),
+    timeout: Duration::from_secs(240),
+    run: |context| linux(context, 1, 4),
 };
 
 /// See its `about`.
 pub(super) const LINUX_SMP: Scenario = Scenario {
     name: "migrate-linux-smp",
-    about: "Linux with 4 vCPUs and a disk is moved there and back 50 times, live and stopped in turn; nothing is lost",
+    about: "Linux with 4 vCPUs, disk and TCP connection is moved there and back 4 times, live and stopped in turn; nothing is lost",
     needs: Needs::LinuxGuests,
-    timeout: Duration::from_secs(600),
-    run: |context| linux(context, 4, 50),
+    timeout: Duration::from_secs(240),
+    run: |context| linux(context, 4, 4),
 };
 
 /// See its `about`.
 pub(super) const PULSE: Scenario = Scenario {
     name: "pulse-linux",
-    about: "Linux with 2 vCPUs, disk and balloon is saved, torn down and restored in place 20 times; nothing is lost",
+    about: "Linux with 2 vCPUs, disk and balloon is saved, torn down and restored in place 10 times; nothing is lost",
     needs: Needs::LinuxGuests,
     timeout: Duration::from_secs(240),
     run: pulse,
@@ -101,16 +106,22 @@ fn two_regions(context: &Context) -> Result<()> {
 }
 
 fn linux(context: &Context, vcpus: u32, round_trips: usize) -> Result<()> {
+    let bridge = Bridge::make("gwbr", "10.78.0.1/24")?;
     let disk = context.work.join("disk.img");
     std::fs::File::create(&disk)?.set_len(32 << 20)?;
     let disk = format!("path={}", disk.display());
     let vcpus_option = format!("--vcpus={vcpus}");
-    let machine = ["--memory=160M", "--disk", &disk, &vcpus_option];
-    let verifier = format!("--memory 8M --rate 500 --threads {vcpus} --disk /dev/vda --disk-size 8M --tick-ms 50");
-    let mut traveller = Traveller::set_out(context, &machine, &verifier)?;
+    let nic = format!("tap={},vhost=off", bridge.tap(0));
+    let machine = ["--memory=160M", "--disk", &disk, &vcpus_option, "--net", &nic];
+    let verifier =
+        format!("--memory 8M --rate 500 --threads {vcpus} --disk /dev/vda --disk-size 8M --tick-ms 50 --port 7");
+    let mut traveller = Traveller::set_out(context, &machine, "godwit.net=10.78.0.2/24", &verifier)?;
+    let mut connection = Client::connect("10.78.0.2:7", CONNECTION_PATIENCE)?;
     for trip in 0..round_trips {
-        for mode in if trip % 2 == 0 { BOTH } else { [BOTH[1], BOTH[0]] } {
-            let moved = traveller.travel(context, mode, &[])?;
+        for (way, mode) in (if trip % 2 == 0 { BOTH } else { [BOTH[1], BOTH[0]] }).into_iter().enumerate() {
+            let tap = format!("id=net0,tap={}", bridge.tap(way + 1));
+            let moved = traveller.travel(context, mode, &["--net", &tap])?;
+            connection.exchange(64)?;
             println!(
                 "trip {trip}: {mode:?}, {} rounds, total {}, downtime {:?}, as the guest saw it {:?}",
                 moved.status.rounds.len(),
@@ -130,8 +141,8 @@ fn pulse(context: &Context) -> Result<()> {
     let disk = format!("path={}", disk.display());
     let machine = ["--memory=160M", "--disk", &disk, "--vcpus=2", "--balloon=on,free-page-reporting"];
     let verifier = "--memory 8M --rate 500 --threads 2 --disk /dev/vda --disk-size 8M --tick-ms 50";
-    let mut traveller = Traveller::set_out(context, &machine, verifier)?;
-    for _ in 0..20 {
+    let mut traveller = Traveller::set_out(context, &machine, "", verifier)?;
+    for _ in 0..10 {
         let times = std::num::NonZeroU32::MIN;
         let reply = traveller.godwit().client().call(&control::Request::Pulse(control::Pulse { times }))?;
         println!("{reply:?}");

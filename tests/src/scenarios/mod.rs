@@ -2,16 +2,39 @@
 
 use crate::scenario::Scenario;
 
+mod api;
+mod bad_input;
+mod bad_targets;
+mod boot;
+mod ends;
+mod handmade;
 mod migrate;
+mod readme;
 mod smoke;
 
 /// All scenarios.
 pub const ALL: &[Scenario] = &[
     smoke::KVM_OPENS,
     smoke::HOSTS_JOIN,
+    ends::ENDS,
+    ends::SOFTWARE_KVM,
+    ends::HOSTILE_GUEST,
+    bad_input::MACHINES,
+    bad_input::HOSTS,
+    bad_input::REQUESTS,
+    bad_targets::TARGETS,
+    bad_targets::SOURCES,
+    api::ROUTES,
+    api::COMMANDS,
+    readme::API,
+    readme::MOVES,
+    boot::LINUX,
     migrate::MICRO,
     migrate::MICRO_TWO_REGIONS,
     migrate::LINUX,
     migrate::LINUX_SMP,
     migrate::PULSE,
 ];
+
+/// Names of the scenarios that move Linux many times. They run when asked for.
+pub const SOAK: &[&str] = &["readme-moves", "migrate-linux", "migrate-linux-smp", "pulse-linux"];

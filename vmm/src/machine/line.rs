@@ -61,7 +61,7 @@ impl SerialLine {
             Some(console) => {
                 let (sink, input) = console.split();
                 let port = SerialPort::new(parts(sink)?)?;
-                let link = input.connect(port.input(), &Worker::spawn("console", seccomp::enter_worker)?)?;
+                let link = input.connect(port.input(), &Worker::spawn("console", seccomp::enter_console)?)?;
                 (port, Some(link))
             }
         };

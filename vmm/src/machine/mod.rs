@@ -253,9 +253,10 @@ impl Machine {
     pub fn pulse(mut self, host: &KvmHost, listener: EndListener) -> Result<(Self, u64), MachineError> {
         self.stand()?;
         let state = self.save()?.encode();
-        let Self { vcpus, fittings, line, chassis, ends: _, config, cpuid, stance: _ } = self;
+        let Self { vcpus, fittings, line, chassis, ends, config, cpuid, stance: _ } = self;
         let (memory, taps) = (chassis.memory().clone(), fittings.duplicate_taps()?);
-        drop((vcpus, fittings, chassis));
+        // The last of them takes the VM along, so that its interrupts' descriptors can be bound to the next.
+        drop((vcpus, fittings, ends, chassis));
         let disks = Resources::open_disks(&config, DiskLocks::Take)?;
         let machine = EmptyMachine::around(host, config, memory, Resources { disks, taps }, line, listener)?;
         let bytes = state.len() as u64;

@@ -29,7 +29,7 @@ pub enum AddressUseError {
         source: io::Error,
     },
     /// The name has no address.
-    #[error("The host name in {address} is not known")]
+    #[error("The host name in {address} is not known; check it, or write the host's IP address")]
     UnknownHost {
         /// The target.
         address: PeerAddress,

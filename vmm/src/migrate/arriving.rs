@@ -54,13 +54,16 @@ enum Stage {
     Restored { machine: Box<Machine>, running: bool },
 }
 
+/// Hears of each machine that is let in, before its memory comes.
+pub type LetIn = Box<dyn FnMut(&MachineConfig, Mode) + Send>;
+
 /// This host, as it waits for one machine.
 pub struct Arriving {
     host: Arc<KvmHost>,
     resources: HostResources,
     line: Arc<SerialLine>,
     listener: EndListener,
-    prepared: Box<dyn FnMut(&MachineConfig, Mode) + Send>,
+    prepared: LetIn,
     stage: Stage,
 }
 
@@ -79,7 +82,7 @@ impl Arriving {
         resources: HostResources,
         line: Arc<SerialLine>,
         listener: EndListener,
-        prepared: Box<dyn FnMut(&MachineConfig, Mode) + Send>,
+        prepared: LetIn,
     ) -> Self {
         Self { host, resources, line, listener, prepared, stage: Stage::Nothing }
     }

@@ -131,10 +131,7 @@ impl Cutter {
 }
 
 /// Waits until one of the descriptors has one of its events, for at most `limit`; which of them do.
-pub(super) fn poll<const N: usize>(
-    descriptors: [(RawFd, libc::c_short); N],
-    limit: Duration,
-) -> io::Result<[bool; N]> {
+pub(super) fn poll<const N: usize>(descriptors: [(RawFd, libc::c_short); N], limit: Duration) -> io::Result<[bool; N]> {
     let mut polled = descriptors.map(|(fd, events)| libc::pollfd { fd, events, revents: 0 });
     let end = Instant::now().checked_add(limit);
     loop {

@@ -66,8 +66,7 @@ impl Board {
     /// Posts the machine that is here now.
     pub(crate) fn post_machine(&self, machine: &Machine) {
         let disk_bytes = machine.disks().iter().map(|disk| disk.with(|disk, _| disk.backend().capacity())).collect();
-        let notes =
-            MachineNotes { config: machine.config().clone(), disk_bytes, balloon: machine.balloon().cloned() };
+        let notes = MachineNotes { config: machine.config().clone(), disk_bytes, balloon: machine.balloon().cloned() };
         self.notes().machine = Some(notes);
     }
 
@@ -173,10 +172,16 @@ impl Board {
     /// The balloon's figures; `None` for a machine without one.
     pub(crate) fn balloon(&self) -> Option<BalloonInfo> {
         let balloon = self.notes().machine.as_ref()?.balloon.clone()?;
-        Some(balloon.with(|balloon, _| BalloonInfo {
-            target_bytes: balloon.target_bytes(),
-            actual_bytes: balloon.actual_bytes(),
-            statistics: balloon.statistics().iter().map(|(name, value)| (name.name().to_owned(), value)).collect::<BTreeMap<_, _>>(),
+        Some(balloon.with(|balloon, _| {
+            BalloonInfo {
+                target_bytes: balloon.target_bytes(),
+                actual_bytes: balloon.actual_bytes(),
+                statistics: balloon
+                    .statistics()
+                    .iter()
+                    .map(|(name, value)| (name.name().to_owned(), value))
+                    .collect::<BTreeMap<_, _>>(),
+            }
         }))
     }
 

@@ -11,9 +11,12 @@ use crate::migrate::address::{AddressUseError, Listener};
 use crate::migrate::arriving::Arriving;
 use crate::migrate::claims::ClaimRecord;
 use crate::migrate::link::{Cutter, SocketLink};
-use control::{JobId, MigrationMode, MigrationRole, MigrationState, MigrationStatus, MigrationStep, PeerAddress, Phase};
+use crate::seccomp::{self, ThreadKind};
+use control::{
+    JobId, MigrationMode, MigrationRole, MigrationState, MigrationStatus, MigrationStep, PeerAddress, Phase,
+};
 use migration::{
-    Arrival, Fault, GuestPages, HostClock, Observer, Offer, PageRun, Progress, RamRegion, Reception, Refusal,
+    Arrival, Fault, GuestPages, HostClock, Mode, Observer, Offer, PageRun, Progress, RamRegion, Reception, Refusal,
     TargetHost, Unobserved, in_words, target,
 };
 use std::path::Path;
@@ -71,7 +74,10 @@ impl Incoming {
         let porter = Porter { desk: Arc::clone(&desk), claims, host, board, inbox, guest_is_here: false };
         let thread = std::thread::Builder::new()
             .name("migrate-target".to_owned())
-            .spawn(|| porter.serve())
+            .spawn(|| {
+                seccomp::enter(ThreadKind::MigrateTarget);
+                porter.serve();
+            })
             .map_err(|source| AddressUseError::Listen { address: address.clone(), source })?;
         Ok(Self { desk, thread: Some(thread) })
     }
@@ -145,9 +151,9 @@ impl Porter {
         let offered = {
             let (board, claims) = (self.board.clone(), Arc::clone(&self.claims));
             let peer = self.desk.listener.address();
-            Box::new(move |config: &MachineConfig| {
+            Box::new(move |config: &MachineConfig, mode| {
                 claims.expect(config.uuid);
-                board.begin_migration(status(JobId::random(), peer.clone()));
+                board.begin_migration(status(JobId::random(), peer.clone(), mode));
                 board.enter(Phase::Incoming);
             })
         };
@@ -187,12 +193,15 @@ impl Porter {
     }
 }
 
-fn status(job: JobId, peer: PeerAddress) -> MigrationStatus {
+fn status(job: JobId, peer: PeerAddress, mode: Mode) -> MigrationStatus {
     MigrationStatus {
         job,
         role: MigrationRole::Target,
         peer,
-        mode: MigrationMode::Live,
+        mode: match mode {
+            Mode::Live => MigrationMode::Live,
+            Mode::Stop => MigrationMode::Stop,
+        },
         state: MigrationState::Active,
         progress: control::Progress {
             step: MigrationStep::Negotiating,

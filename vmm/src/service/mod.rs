@@ -20,6 +20,7 @@ use crate::machine::{DiskLocks, EmptyMachine, EndListener, Machine, MachineError
 use crate::migrate::address::AddressUseError;
 use crate::migrate::leaving::Leaving;
 use crate::migrate::ownership::{Owner, Ownership, OwnershipError};
+use crate::seccomp::{self, Seccomp, SeccompError, ThreadKind};
 use crate::vcpu::GuestEnd;
 use board::Board;
 use control::{
@@ -29,6 +30,7 @@ use control::{
 };
 use desk::Desk;
 use incoming::{Host, Incoming};
+use migration::wire::FrameError;
 use migration::{Failed, HostClock, InDoubt, Outcome, SourceError, in_words};
 use outgoing::{Departure, Outgoing, ask_target};
 use std::path::{Path, PathBuf};
@@ -50,6 +52,8 @@ pub(crate) enum Message {
     GuestEnded(GuestEnd),
     /// Somebody wants the process to end.
     Quit(&'static str),
+    /// The guest could not be put together again.
+    Lost(&'static str),
     /// A migration out of here ended.
     Left(Departure),
     /// A guest came.
@@ -67,6 +71,8 @@ pub struct Settings {
     pub state_dir: PathBuf,
     /// Whether test requests are admitted.
     pub test_requests: bool,
+    /// Whether threads are confined.
+    pub seccomp: Seccomp,
 }
 
 /// How a process ended that did what it was asked.
@@ -78,6 +84,8 @@ pub enum Ended {
     MovedAway(PeerAddress),
     /// Somebody ended it.
     Quit(&'static str),
+    /// There is no guest any more, and nobody wanted that.
+    Lost(&'static str),
 }
 
 /// Why a process could not do what it was asked.
@@ -111,6 +119,9 @@ pub enum ServiceError {
         /// The record that says so.
         record: PathBuf,
     },
+    /// The threads cannot be confined.
+    #[error(transparent)]
+    Seccomp(#[from] SeccompError),
     /// `receive --once` and the migration failed.
     #[error("No guest has arrived: {0}")]
     NotArrived(String),
@@ -218,6 +229,9 @@ impl Service {
         phase: Phase,
         quitter: impl FnOnce(Quitter),
     ) -> Result<Self, ServiceError> {
+        if settings.seccomp == Seccomp::On {
+            seccomp::switch_on()?;
+        }
         let inbox = channel();
         quitter(Quitter(inbox.0.clone()));
         let escape = Quitter(inbox.0.clone());
@@ -228,9 +242,9 @@ impl Service {
         let server = match &settings.api {
             None => None,
             Some(path) => {
-                let test_requests =
-                    if settings.test_requests { TestRequests::Admitted } else { TestRequests::Refused };
-                let options = ServerOptions { test_requests, ..ServerOptions::default() };
+                let test_requests = if settings.test_requests { TestRequests::Admitted } else { TestRequests::Refused };
+                let options =
+                    ServerOptions { test_requests, thread_start: seccomp::enter_api, ..ServerOptions::default() };
                 let desk = Arc::new(Desk::new(board.clone(), inbox.0.clone()));
                 Some(Server::start(ControlSocket::bind(path)?, desk, events, options)?)
             }
@@ -262,6 +276,7 @@ impl Service {
     /// # Errors
     /// [`ServiceError::NotArrived`], for a `receive` that waits only once.
     pub fn run(mut self) -> Result<Ended, ServiceError> {
+        seccomp::enter(ThreadKind::Service);
         loop {
             let message = match self.wakes_at() {
                 None => self.inbox.1.recv().expect("the service itself holds a sender"),
@@ -303,6 +318,7 @@ impl Service {
                 Holding::Expected | Holding::InDoubt { .. } | Holding::Asking => self.end = Some(end),
             },
             Message::Quit(why) => return Ok(Some(Ended::Quit(why))),
+            Message::Lost(why) => return Ok(Some(Ended::Lost(why))),
             Message::Left(departure) => return Ok(self.on_left(departure)),
             Message::Arrived(machine) => {
                 self.keep(machine);
@@ -331,7 +347,7 @@ impl Service {
         if let Holding::InDoubt { doubt, .. } = std::mem::replace(&mut self.holding, Holding::Asking)
             && let Some(to) = self.destination.clone()
         {
-            ask_target(doubt, to, self.inbox.0.clone());
+            ask_target(doubt, to, &self.inbox.0);
         }
         None
     }
@@ -350,7 +366,7 @@ impl Service {
                 self.board.enter(Phase::Paused);
                 Reply::Done
             }),
-            Request::Resume => self.with_machine(|machine| Ok(machine.run())).map(|()| {
+            Request::Resume => self.on_machine(Machine::run).map(|()| {
                 self.board.enter(Phase::Running);
                 Reply::Done
             }),
@@ -377,13 +393,20 @@ impl Service {
         }
     }
 
+    fn on_machine(&mut self, lead: impl FnOnce(&mut Machine)) -> Result<(), ApiError> {
+        self.with_machine(|machine| {
+            lead(machine);
+            Ok(())
+        })
+    }
+
     fn with_machine<T>(&mut self, lead: impl FnOnce(&mut Machine) -> Result<T, MachineError>) -> Result<T, ApiError> {
         let Holding::Here(machine) = &mut self.holding else { return Err(not_here()) };
         lead(machine).map_err(|error| ApiError::failed(&error))
     }
 
     fn press_power_button(&mut self) -> Result<Reply, ApiError> {
-        self.with_machine(|machine| Ok(machine.press_power_button())).map(|()| Reply::Done)
+        self.on_machine(|machine| machine.press_power_button()).map(|()| Reply::Done)
     }
 
     fn set_balloon(&mut self, bytes: u64) -> Result<Reply, ApiError> {
@@ -413,7 +436,7 @@ impl Service {
             }
             Err(error) => {
                 // There is no guest any more, and nobody to give one.
-                let _ = self.inbox.0.send(Message::Quit("ended because it could not be reset"));
+                let _ = self.inbox.0.send(Message::Lost("The guest ended because it could not be reset"));
                 Err(error)
             }
         }
@@ -437,7 +460,7 @@ impl Service {
                     self.keep(Box::new(restored));
                 }
                 Err(error) => {
-                    let _ = self.inbox.0.send(Message::Quit("ended because a pulse failed"));
+                    let _ = self.inbox.0.send(Message::Lost("The guest ended because a pulse failed"));
                     return Err(ApiError::failed(&error));
                 }
             }
@@ -484,7 +507,7 @@ impl Service {
                         SourceError::Cancelled => MigrationState::Cancelled,
                         _ => MigrationState::Failed,
                     };
-                    let mut words = in_words(&cause);
+                    let mut words = in_words(&cause) + remedy(&cause);
                     if let Some(stuck) = stuck {
                         words += &format!(". The guest is still here, but {}", in_words(&stuck));
                     }
@@ -535,7 +558,8 @@ impl Service {
     }
 
     fn power_on(&self, config: MachineConfig, resources: Resources) -> Result<Machine, MachineError> {
-        EmptyMachine::new(&self.kvm, config, resources, Arc::clone(&self.line), self.end_listener())?.power_on(&self.kvm)
+        EmptyMachine::new(&self.kvm, config, resources, Arc::clone(&self.line), self.end_listener())?
+            .power_on(&self.kvm)
     }
 
     fn end_listener(&self) -> EndListener {
@@ -557,10 +581,12 @@ impl Service {
             Holding::Away(_) | Holding::Asking => matches!(ended, Ended::MovedAway(_)),
             Holding::InDoubt { .. } => false,
         };
-        if settled && let guest = self.board.vm().id && !guest.is_nil() {
-            if let Err(error) = self.ownership(guest).remove() {
-                tracing::warn!(error = in_words(&error), "the ownership record stays");
-            }
+        let guest = self.board.vm().id;
+        if settled
+            && !guest.is_nil()
+            && let Err(error) = self.ownership(guest).remove()
+        {
+            tracing::warn!(error = in_words(&error), "the ownership record stays");
         }
         if let Some((reason, message)) = end_of(&ended) {
             self.board.enter(Phase::Ended);
@@ -574,6 +600,7 @@ fn end_of(ended: &Ended) -> Option<(EndReason, String)> {
     let reason = match ended {
         Ended::MovedAway(_) => return None,
         Ended::Quit(why) => return Some((EndReason::Killed, (*why).to_owned())),
+        Ended::Lost(why) => return Some((EndReason::Failed, (*why).to_owned())),
         Ended::Guest(GuestEnd::PowerOff) => EndReason::PowerOff,
         Ended::Guest(GuestEnd::Reboot) => EndReason::Reboot,
         Ended::Guest(GuestEnd::TripleFault) => EndReason::TripleFault,
@@ -582,6 +609,15 @@ fn end_of(ended: &Ended) -> Option<(EndReason, String)> {
     };
     let Ended::Guest(end) = ended else { return None };
     Some((reason, end.to_string()))
+}
+
+/// What to do about a target with which there is no talking.
+fn remedy(cause: &SourceError) -> &'static str {
+    match cause {
+        SourceError::Frame(FrameError::NotOurs { .. }) => "; give the address of a `godwit receive`",
+        SourceError::Frame(FrameError::Version { .. }) => "; run the same version of godwit at both ends",
+        _ => "",
+    }
 }
 
 fn refuse_given_away(state_dir: &Path, guest: uuid::Uuid) -> Result<(), ServiceError> {

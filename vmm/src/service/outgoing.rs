@@ -7,6 +7,7 @@ use crate::machine::Machine;
 use crate::migrate::address::{AddressUseError, dial};
 use crate::migrate::leaving::Leaving;
 use crate::migrate::ownership::Ownership;
+use crate::seccomp::{self, ThreadKind};
 use control::{JobId, MigrationMode, PeerAddress, StartMigration};
 use migration::{CancelToken, Goal, HostClock, InDoubt, Mode, Outcome, Plan, Surroundings, Unreachable, source};
 use std::sync::mpsc::Sender;
@@ -42,6 +43,7 @@ impl Outgoing {
         // The thread takes the machine from here, so that it is not lost with a thread that does not start.
         let (hand, take) = std::sync::mpsc::sync_channel(1);
         let spawned = std::thread::Builder::new().name("migrate-source".to_owned()).spawn(move || {
+            seccomp::enter(ThreadKind::MigrateSource);
             if let Ok(machine) = take.recv() {
                 // The service outlives its migrations.
                 let _ = inbox.send(Message::Left(journey.make(machine, Watcher::new(board, job))));
@@ -82,11 +84,12 @@ impl Journey {
 }
 
 /// Asks the target whose the guest is, in a thread; the answer comes as [`Message::Left`].
-pub(crate) fn ask_target(doubt: Box<InDoubt<Leaving>>, to: PeerAddress, inbox: Sender<Message>) {
+pub(crate) fn ask_target(doubt: Box<InDoubt<Leaving>>, to: PeerAddress, inbox: &Sender<Message>) {
     let (hand, take) = std::sync::mpsc::sync_channel::<Box<InDoubt<Leaving>>>(1);
     let asked = std::thread::Builder::new().name("migrate-ask".to_owned()).spawn({
         let inbox = inbox.clone();
         move || {
+            seccomp::enter(ThreadKind::MigrateSource);
             let Ok(doubt) = take.recv() else { return };
             let outcome = match dial(&to) {
                 Ok(mut link) => doubt.ask(&mut link, &HostClock::new()),

@@ -1,8 +1,8 @@
 //! What the migration engine tells an onlooker, posted on the board and published as events.
 
 use super::board::Board;
-use control::{Happening, JobId, MigrationState, MigrationStep, Progress, RoundInfo};
 use crate::layout::PAGE_SIZE;
+use control::{Happening, JobId, MigrationState, MigrationStep, Progress, RoundInfo};
 use migration::{Moved, Observer, Phase, Report, RoundReport};
 use std::time::{Duration, Instant};
 

@@ -5,6 +5,7 @@ use super::desk::{Desk, Stance, Task};
 use super::end::{GuestEnd, KvmFailure};
 use super::exit::{Step, step};
 use super::{Buses, VcpuEvents, kick};
+use crate::seccomp::{self, ThreadKind};
 use kvm_ioctls::VcpuFd;
 use std::sync::Arc;
 
@@ -19,6 +20,7 @@ pub(super) struct VcpuThread {
 impl VcpuThread {
     pub(super) fn main(mut self) {
         kick::unblock();
+        seccomp::enter(ThreadKind::Vcpu);
         let _leaving = Leaving { id: self.id, desk: Arc::clone(&self.desk), events: Arc::clone(&self.events) };
         loop {
             match self.desk.next_task() {

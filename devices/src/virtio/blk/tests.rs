@@ -330,7 +330,7 @@ fn a_long_queue_is_served_in_turns() {
 
 fn parts(ram: &GuestRam) -> MmioParts {
     let irq = EventFd::new(0).unwrap();
-    MmioParts { id: "blk0".into(), ram: ram.clone(), irq, worker: Worker::spawn("blk0").unwrap() }
+    MmioParts { id: "blk0".into(), ram: ram.clone(), irq, worker: Worker::spawn("blk0", || {}).unwrap() }
 }
 
 fn blk_parts(backend: &MemoryBackend) -> BlkParts {

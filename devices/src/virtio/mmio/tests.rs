@@ -156,7 +156,7 @@ struct Rig {
 
 fn parts(ram: &GuestRam) -> (MmioParts, EventFd) {
     let irq = EventFd::new(EFD_NONBLOCK).unwrap();
-    let worker = Worker::spawn("echo0").unwrap();
+    let worker = Worker::spawn("echo0", || {}).unwrap();
     (MmioParts { id: "echo0".into(), ram: ram.clone(), irq: irq.try_clone().unwrap(), worker }, irq)
 }
 

@@ -7,9 +7,21 @@ use std::num::NonZeroU32;
 use std::path::PathBuf;
 use uuid::Uuid;
 use vmm::config::{
-    Balloon, Boot, Cpus, DEFAULT_RING_ENTRIES, DirtyTracking, Disk, EntryKind, HostResources, MACHINE_VERSION,
-    MachineConfig, Mac, Memory, Nic, Serial, Tap, Topology, Vhost,
+    Balloon, Boot, Cpus, DEFAULT_RING_ENTRIES, DirtyTracking, Disk, EntryKind, HostResources, MACHINE_VERSION, Mac,
+    MachineConfig, Memory, Nic, Serial, Tap, Topology, Vhost,
 };
+use vmm::seccomp::Seccomp;
+
+/// What the exit status of the process with the guest says; the numbers are those of [`vmm::vcpu::GuestEnd`].
+const EXIT_STATUS: &str = "\
+Exit status:
+   0  the guest powered off, has moved away, or was ended on request (also by SIGTERM, SIGINT or SIGHUP)
+   1  an error
+   2  wrong usage
+  20  the guest asked for a reboot
+  21  the guest stopped by a triple fault
+  22  the guest's kernel panicked
+  23  KVM cannot run the guest";
 
 /// Runs Linux guests on KVM and moves them, running or stopped, between hosts.
 #[derive(Debug, Parser)]
@@ -26,8 +38,10 @@ pub(crate) struct CommandLine {
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     /// Boot a guest and run it until it ends or has moved away
+    #[command(after_help = EXIT_STATUS)]
     Run(Box<Run>),
     /// Wait for a guest that migrates here, then run it until it ends or has moved away
+    #[command(after_help = EXIT_STATUS)]
     Receive(Box<Receive>),
     /// Move a guest to another Godwit that waits with `receive`
     Migrate(Migrate),
@@ -200,6 +214,27 @@ pub(crate) struct Host {
     /// Admit test requests (`pulse`) on the control socket
     #[arg(long)]
     pub(crate) test_requests: bool,
+    /// Confine each thread to the system calls that it needs
+    #[arg(long, value_enum, default_value = "on")]
+    pub(crate) seccomp: SeccompArg,
+}
+
+/// Whether threads are confined, on the command line.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum SeccompArg {
+    /// A thread that makes any other call ends the process with exit status 24
+    On,
+    /// For tracing, and for kernels without seccomp
+    Off,
+}
+
+impl From<SeccompArg> for Seccomp {
+    fn from(seccomp: SeccompArg) -> Self {
+        match seccomp {
+            SeccompArg::On => Self::On,
+            SeccompArg::Off => Self::Off,
+        }
+    }
 }
 
 /// `run`.
@@ -297,7 +332,8 @@ impl Run {
     /// The machine that the options describe.
     pub(crate) fn machine(&self) -> Result<MachineConfig, String> {
         let uuid = self.uuid.unwrap_or_else(Uuid::new_v4);
-        let numbered = |kind: &'static str| move |(index, text): (usize, &String)| (format!("{kind}{index}"), text.clone());
+        let numbered =
+            |kind: &'static str| move |(index, text): (usize, &String)| (format!("{kind}{index}"), text.clone());
         Ok(MachineConfig {
             version: MACHINE_VERSION,
             name: self.name.clone(),
@@ -321,12 +357,7 @@ impl Run {
                 .map(numbered("blk"))
                 .map(|(id, text)| disk(&id, &text))
                 .collect::<Result<_, _>>()?,
-            nics: self
-                .nics
-                .iter()
-                .enumerate()
-                .map(|(index, text)| nic(uuid, index, text))
-                .collect::<Result<_, _>>()?,
+            nics: self.nics.iter().enumerate().map(|(index, text)| nic(uuid, index, text)).collect::<Result<_, _>>()?,
             rng: !self.no_rng,
             balloon: self.balloon.as_deref().map(balloon).transpose()?,
             serial: self.serial.clone(),
@@ -378,12 +409,8 @@ fn nic(machine: Uuid, index: usize, text: &str) -> Result<Nic, String> {
         Some("off") => Vhost::Off,
         Some(other) => return Err(format!("--net vhost={other:?} is none of auto, on, off")),
     };
-    let nic = Nic {
-        id: settings.take("id").unwrap_or_else(|| format!("net{index}")),
-        tap: tap(&mut settings)?,
-        mac,
-        vhost,
-    };
+    let nic =
+        Nic { id: settings.take("id").unwrap_or_else(|| format!("net{index}")), tap: tap(&mut settings)?, mac, vhost };
     settings.finish("tap, create, id, mac, vhost").map(|()| nic)
 }
 
@@ -456,8 +483,15 @@ mod tests {
     #[test]
     fn a_machine_is_described_by_options() {
         let machine = run(&[
-            "--memory=1G", "--vcpus=4", "--disk=path=/a", "--disk=path=/b,id=data,readonly", "--net=create=gw0,vhost=off",
-            "--balloon=on,free-page-reporting", "--dirty=ring:4096", "--topology=1x2x2", "--serial=file:/s",
+            "--memory=1G",
+            "--vcpus=4",
+            "--disk=path=/a",
+            "--disk=path=/b,id=data,readonly",
+            "--net=create=gw0,vhost=off",
+            "--balloon=on,free-page-reporting",
+            "--dirty=ring:4096",
+            "--topology=1x2x2",
+            "--serial=file:/s",
         ])
         .machine()
         .unwrap();
@@ -493,7 +527,8 @@ mod tests {
 
     #[test]
     fn a_target_names_its_own_resources() {
-        let command_line = ["godwit", "receive", "unix:/r", "--disk=id=data,path=/d", "--net=id=net0,tap=t0", "--serial=off"];
+        let command_line =
+            ["godwit", "receive", "unix:/r", "--disk=id=data,path=/d", "--net=id=net0,tap=t0", "--serial=off"];
         let Command::Receive(receive) = CommandLine::try_parse_from(command_line).unwrap().command else { panic!() };
         let resources = receive.resources().unwrap();
         assert_eq!(resources.disks["data"], PathBuf::from("/d"));

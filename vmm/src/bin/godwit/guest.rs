@@ -5,6 +5,7 @@ use crate::args::{Host, Receive, Run};
 use anyhow::Context;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
+use vmm::seccomp::{self, ThreadKind};
 use vmm::service::{Ended, Quitter, Service, Settings};
 
 /// Boots a guest and stays until it ends or has moved away.
@@ -26,8 +27,13 @@ pub(crate) fn receive(receive: &Receive) -> anyhow::Result<u8> {
 }
 
 fn settings(host: &Host) -> Settings {
-    let Host { api, state_dir, test_requests } = host;
-    Settings { api: api.clone(), state_dir: state_dir.clone(), test_requests: *test_requests }
+    let Host { api, state_dir, test_requests, seccomp } = host;
+    Settings {
+        api: api.clone(),
+        state_dir: state_dir.clone(),
+        test_requests: *test_requests,
+        seccomp: (*seccomp).into(),
+    }
 }
 
 /// Ends the guest in good order when the process is asked to end.
@@ -36,6 +42,7 @@ fn quit_on_signals(quitter: Quitter) {
         std::thread::Builder::new()
             .name("signals".to_owned())
             .spawn(move || {
+                seccomp::enter(ThreadKind::Signals);
                 if signals.forever().next().is_some() {
                     quitter.quit("ended by a signal");
                 }
@@ -61,6 +68,10 @@ fn say(ended: &Ended) -> u8 {
         Ended::Quit(why) => {
             eprintln!("godwit: The guest was {why}");
             0
+        }
+        Ended::Lost(why) => {
+            eprintln!("godwit: {why}");
+            1
         }
     }
 }

@@ -13,6 +13,7 @@ mod watch;
 use args::{Command, CommandLine};
 use clap::{CommandFactory, Parser};
 use std::process::ExitCode;
+use vmm::service::ServiceError;
 
 /// Exit status for wrong usage, the same as clap's.
 const USAGE: u8 = 2;
@@ -35,7 +36,12 @@ fn main() -> ExitCode {
 
 fn fail(error: &anyhow::Error) -> ExitCode {
     eprintln!("godwit: {error:#}");
-    ExitCode::from(if error.is::<UsageError>() || error.is::<vmm::config::ConfigError>() { USAGE } else { 1 })
+    ExitCode::from(if is_usage(error) { USAGE } else { 1 })
+}
+
+/// Whether what the user wrote is at fault: an option, or the machine that the options describe.
+fn is_usage(error: &anyhow::Error) -> bool {
+    error.is::<UsageError>() || matches!(error.downcast_ref(), Some(ServiceError::Config(_)))
 }
 
 fn start_log(filter: &str) -> anyhow::Result<()> {

@@ -88,7 +88,10 @@ mod tests {
         let mut disk = Settings::parse("--disk", "path=/a.img,readonly,id=data").unwrap();
         assert_eq!(disk.require("path").unwrap(), "/a.img");
         assert!(disk.flag("readonly").unwrap());
-        assert_eq!(disk.finish("path, id, readonly").unwrap_err(), "--disk does not know \"id\"; it takes path, id, readonly");
+        assert_eq!(
+            disk.finish("path, id, readonly").unwrap_err(),
+            "--disk does not know \"id\"; it takes path, id, readonly"
+        );
         assert!(Settings::parse("--disk", "path=/a,path=/b").unwrap_err().contains("path twice"));
         assert!(Settings::parse("--disk", "").unwrap().require("path").unwrap_err().contains("needs path="));
         assert!(Settings::parse("--disk", "readonly=yes").unwrap().flag("readonly").is_err());

@@ -82,12 +82,7 @@ pub(crate) fn migrate(migrate: &Migrate) -> anyhow::Result<u8> {
     Ok(u8::from(summary.state != MigrationState::Completed))
 }
 
-fn follow(
-    events: EventStream,
-    job: JobId,
-    mode: MigrationMode,
-    mut bars: Option<Bars>,
-) -> anyhow::Result<Summary> {
+fn follow(events: EventStream, job: JobId, mode: MigrationMode, mut bars: Option<Bars>) -> anyhow::Result<Summary> {
     let mut rounds = Vec::new();
     for event in events {
         let event = event.context("The migration was started, but its end is not known; ask `godwit status`")?;

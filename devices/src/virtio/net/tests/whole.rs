@@ -18,8 +18,12 @@ impl Machine {
         let net = Net::new(MacAddress::unicast(MAC).unwrap(), NetParts { port: Box::new(port), vhost: None }).unwrap();
         let driver = Driver::new(3, SIZE, features);
         let irq = EventFd::new(EFD_NONBLOCK).unwrap();
-        let parts =
-            MmioParts { id: "net0".into(), ram: driver.io.ram.clone(), irq, worker: Worker::spawn("net0").unwrap() };
+        let parts = MmioParts {
+            id: "net0".into(),
+            ram: driver.io.ram.clone(),
+            irq,
+            worker: Worker::spawn("net0", || {}).unwrap(),
+        };
         let machine = Self { nic: Mmio::new(net, parts).unwrap(), driver, wire };
         machine.set_up(features);
         machine
@@ -141,7 +145,7 @@ fn a_whole_device_moves_and_announces_itself() {
         id: "net0".into(),
         ram: old.driver.io.ram.clone(),
         irq: irq.try_clone().unwrap(),
-        worker: Worker::spawn("net0").unwrap(),
+        worker: Worker::spawn("net0", || {}).unwrap(),
     };
     let nic = Mmio::restore(&mut state, parts, place).unwrap();
     state.finish().unwrap();

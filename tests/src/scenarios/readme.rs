@@ -1,0 +1,69 @@
+//! The README's blocks of commands, run as they stand there.
+
+use std::os::unix::fs::symlink;
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+
+use crate::godwit::Godwit;
+use crate::scenario::{Context, Needs, Scenario};
+
+const README: &str = include_str!("../../../README.md");
+
+/// See its `about`.
+pub(super) const MOVES: Scenario = Scenario {
+    name: "readme-moves",
+    about: "The README's commands boot a guest and move it",
+    needs: Needs::LinuxGuests,
+    timeout: Duration::from_secs(120),
+    run: moves,
+};
+
+/// See its `about`.
+pub(super) const API: Scenario = Scenario {
+    name: "readme-api",
+    about: "The README's curl commands work",
+    needs: Needs::Kvm,
+    timeout: Duration::from_secs(30),
+    run: api,
+};
+
+fn moves(context: &Context) -> Result<()> {
+    for image in ["vmlinux", "initramfs"] {
+        symlink(context.images.join(image), context.work.join(image))?;
+    }
+    let output = run(context, &context.work, "readme-moves")?;
+    ensure!(output.contains("live migration completed"), "The migration is not told:\n{output}");
+    ensure!(output.contains(" is running"), "The status is not told:\n{output}");
+    Ok(())
+}
+
+fn api(context: &Context) -> Result<()> {
+    let kernel = context.images.join("micro.elf").display().to_string();
+    let godwit = Godwit::run(context, "guest", &["--kernel", &kernel, "--memory=64M"])?;
+    symlink("api.sock", godwit.folder().join("a.sock"))?;
+    let output = run(context, godwit.folder(), "readme-api")?;
+    ensure!(output.contains("godwit_vcpus 1"), "The metrics are not told:\n{output}");
+    godwit.finish(Duration::from_secs(10))?.expect(0, "ended by request")
+}
+
+/// Runs the block that names `scenario`, in `folder`.
+fn run(context: &Context, folder: &std::path::Path, scenario: &str) -> Result<String> {
+    let mark = format!("is run by the scenario {scenario}. -->\n```sh\n");
+    let block =
+        README.split_once(&mark).and_then(|(_, rest)| rest.split_once("```")).context("The README lacks the block")?;
+    let programs = context.godwit.parent().context("godwit lies in a folder")?;
+    let path = format!("{}:{}", programs.display(), std::env::var("PATH").unwrap_or_default());
+    let state = folder.join("state");
+    let output = Command::new("sh")
+        .args(["-e", "-c", block.0])
+        .current_dir(folder)
+        .env("PATH", path)
+        .env("GODWIT_STATE_DIR", state)
+        .output()
+        .context("Cannot run sh")?;
+    let words = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    ensure!(output.status.success(), "The block failed ({}):\n{words}", output.status);
+    Ok(words)
+}
