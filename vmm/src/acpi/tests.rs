@@ -136,18 +136,3 @@ fn the_largest_machine_fits_and_lands_in_memory() {
     let nothing = GuestMemory::create(4096, false).unwrap();
     assert!(matches!(write_tables(nothing.ram(), &machine), Err(AcpiError::Memory { .. })));
 }
-
-/// Run by hand with `cargo test -p vmm -- --ignored dump_tables`, then `iasl -d` on the file that is named.
-#[test]
-#[ignore = "writes files for a disassembler"]
-fn dump_tables() {
-    let tables = Tables(build(4, 4));
-    let fadt = tables.pointed_to(0, b"FACP");
-    let dsdt = tables.table(u64::from_le_bytes(fadt[140..148].try_into().unwrap()), b"DSDT");
-    let folder = std::env::temp_dir();
-    for (name, table) in [("dsdt", dsdt), ("facp", fadt), ("apic", tables.pointed_to(1, b"APIC"))] {
-        let path = folder.join(format!("godwit-{name}.aml"));
-        std::fs::write(&path, table).unwrap();
-        eprintln!("{}", path.display());
-    }
-}
