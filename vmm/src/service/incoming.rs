@@ -3,7 +3,7 @@
 
 use super::Message;
 use super::board::Board;
-use super::watcher::{Watcher, post_failure, post_report};
+use super::watcher::{Watcher, begun, post_failure, post_report};
 use crate::config::{HostResources, MachineConfig};
 use crate::kvm::KvmHost;
 use crate::machine::{EndListener, Machine, SerialLine};
@@ -194,30 +194,11 @@ impl Porter {
 }
 
 fn status(job: JobId, peer: PeerAddress, mode: Mode) -> MigrationStatus {
-    MigrationStatus {
-        job,
-        role: MigrationRole::Target,
-        peer,
-        mode: match mode {
-            Mode::Live => MigrationMode::Live,
-            Mode::Stop => MigrationMode::Stop,
-        },
-        state: MigrationState::Active,
-        progress: control::Progress {
-            step: MigrationStep::Negotiating,
-            round: 0,
-            pages_sent: 0,
-            zero_pages: 0,
-            bytes_sent: 0,
-            remaining_bytes: 0,
-            bytes_per_second: 0,
-            predicted_downtime_ms: None,
-        },
-        rounds: Vec::new(),
-        downtime_ms: None,
-        total_ms: Duration::ZERO.into(),
-        error: None,
-    }
+    let mode = match mode {
+        Mode::Live => MigrationMode::Live,
+        Mode::Stop => MigrationMode::Stop,
+    };
+    begun(job, MigrationRole::Target, peer, mode, MigrationStep::Negotiating)
 }
 
 /// Posts progress once the migration is posted, which it is when its machine has been let in.

@@ -25,8 +25,8 @@ use crate::vcpu::GuestEnd;
 use board::Board;
 use control::{
     ApiError, ControlSocket, EndReason, Events, Happening, JobId, JobStarted, MigrationRole, MigrationState,
-    MigrationStatus, MigrationStep, PeerAddress, Phase, Pulsed, Reply, Request, Server, ServerOptions, StartMigration,
-    TestRequests, admit,
+    MigrationStep, PeerAddress, Phase, Pulsed, Reply, Request, Server, ServerOptions, StartMigration, TestRequests,
+    admit,
 };
 use desk::Desk;
 use incoming::{Host, Incoming};
@@ -38,7 +38,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, channel};
 use std::time::{Duration, Instant};
 use thiserror::Error;
-use watcher::{post_failure, post_report};
+use watcher::{begun, post_failure, post_report};
 
 /// How often a target is asked whose the guest is.
 const ASK_EVERY: Duration = Duration::from_secs(2);
@@ -476,7 +476,8 @@ impl Service {
         let job = JobId::random();
         let phase = self.board.phase();
         self.board.enter(Phase::Migrating);
-        self.board.begin_migration(status(job, request));
+        let step = MigrationStep::Connecting;
+        self.board.begin_migration(begun(job, MigrationRole::Source, request.to.clone(), request.mode, step));
         let ownership = self.ownership(machine.config().uuid);
         match Outgoing::start(machine, request, job, ownership, self.board.clone(), self.inbox.0.clone()) {
             Ok(outgoing) => {
@@ -627,30 +628,6 @@ fn refuse_given_away(state_dir: &Path, guest: uuid::Uuid) -> Result<(), ServiceE
             Err(ServiceError::GivenAway { guest, to, record: ownership.path().to_owned() })
         }
         Some(Owner::Mine { .. }) | None => Ok(()),
-    }
-}
-
-fn status(job: JobId, request: &StartMigration) -> MigrationStatus {
-    MigrationStatus {
-        job,
-        role: MigrationRole::Source,
-        peer: request.to.clone(),
-        mode: request.mode,
-        state: MigrationState::Active,
-        progress: control::Progress {
-            step: MigrationStep::Connecting,
-            round: 0,
-            pages_sent: 0,
-            zero_pages: 0,
-            bytes_sent: 0,
-            remaining_bytes: 0,
-            bytes_per_second: 0,
-            predicted_downtime_ms: None,
-        },
-        rounds: Vec::new(),
-        downtime_ms: None,
-        total_ms: Duration::ZERO.into(),
-        error: None,
     }
 }
 

@@ -2,7 +2,10 @@
 
 use super::board::Board;
 use crate::layout::PAGE_SIZE;
-use control::{Happening, JobId, MigrationState, MigrationStep, Progress, RoundInfo};
+use control::{
+    Happening, JobId, MigrationMode, MigrationRole, MigrationState, MigrationStatus, MigrationStep, PeerAddress,
+    Progress, RoundInfo,
+};
 use migration::{Moved, Observer, Phase, Report, RoundReport};
 use std::time::{Duration, Instant};
 
@@ -97,6 +100,37 @@ impl Observer for Watcher {
             }
             migration::Progress::RoundDone(round) => self.round_done(round),
         }
+    }
+}
+
+/// What is posted of a migration that begins.
+pub(crate) fn begun(
+    job: JobId,
+    role: MigrationRole,
+    peer: PeerAddress,
+    mode: MigrationMode,
+    step: MigrationStep,
+) -> MigrationStatus {
+    MigrationStatus {
+        job,
+        role,
+        peer,
+        mode,
+        state: MigrationState::Active,
+        progress: Progress {
+            step,
+            round: 0,
+            pages_sent: 0,
+            zero_pages: 0,
+            bytes_sent: 0,
+            remaining_bytes: 0,
+            bytes_per_second: 0,
+            predicted_downtime_ms: None,
+        },
+        rounds: Vec::new(),
+        downtime_ms: None,
+        total_ms: Duration::ZERO.into(),
+        error: None,
     }
 }
 
