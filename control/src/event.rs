@@ -4,8 +4,7 @@
 //! subscriber is a number in the sequence, and one that falls behind the backlog learns how many events it missed.
 
 use crate::address::PeerAddress;
-use crate::migration::{JobId, MigrationMode, MigrationRole, MigrationState, Progress, RoundInfo};
-use crate::millis::Millis;
+use crate::migration::{JobId, MigrationMode, MigrationRole, MigrationStatus, Progress, RoundInfo};
 use crate::phase::Phase;
 use serde::{Deserialize, Serialize};
 use std::collections::VecDeque;
@@ -75,18 +74,8 @@ pub enum Happening {
     },
     /// A migration ended, or is in doubt.
     MigrationEnded {
-        /// Its name.
-        job: JobId,
-        /// How.
-        state: MigrationState,
-        /// How long nobody ran the guest.
-        #[serde(default, skip_serializing_if = "Option::is_none")]
-        downtime_ms: Option<Millis>,
-        /// How long it took.
-        total_ms: Millis,
-        /// Why it failed, in words.
-        #[serde(default, skip_serializing_if = "Option::is_none")]
-        error: Option<String>,
+        /// How, and all that is known of it.
+        migration: Box<MigrationStatus>,
     },
     /// The guest ended; this Godwit ends too.
     GuestEnded {

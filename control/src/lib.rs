@@ -9,6 +9,7 @@ mod address;
 mod client;
 mod error;
 mod event;
+mod identity;
 mod metrics;
 mod migration;
 mod millis;
@@ -25,10 +26,11 @@ pub use address::{AddressError, PeerAddress};
 pub use client::{After, Client, ClientError, EventStream};
 pub use error::{ApiError, Code, ErrorBody};
 pub use event::{EndReason, Event, Events, Happening};
+pub use identity::{NoRandomness, random_uuid};
 pub use metrics::{Family, Label, MetricKind, MetricName, Metrics, Sample, Value};
 pub use migration::{
     JobId, LastMigration, MigrationMode, MigrationRole, MigrationState, MigrationStatus, MigrationStep, Progress,
-    RoundInfo,
+    RoundInfo, StepInfo, SwitchReason, TargetPart,
 };
 pub use millis::Millis;
 pub use openapi::OPENAPI;

@@ -2,6 +2,7 @@
 //! does not know.
 
 use crate::address::PeerAddress;
+use crate::identity::{NoRandomness, random_uuid};
 use crate::millis::Millis;
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -14,9 +15,11 @@ pub struct JobId(pub Uuid);
 
 impl JobId {
     /// A name nobody else has.
-    #[must_use]
-    pub fn random() -> Self {
-        Self(Uuid::new_v4())
+    ///
+    /// # Errors
+    /// [`NoRandomness`] if the host gives no random bytes.
+    pub fn random() -> Result<Self, NoRandomness> {
+        random_uuid().map(Self)
     }
 }
 
@@ -72,8 +75,12 @@ pub enum MigrationStep {
     Negotiating,
     /// Sending rounds while the guest runs.
     Precopy,
-    /// The guest stands still: last pages and the state of vCPUs and devices.
-    Stopped,
+    /// Pausing the guest, and capturing the state of its vCPUs and devices.
+    Pausing,
+    /// The guest stands still: the last pages.
+    LastPages,
+    /// Sending that state, and having it restored.
+    Restoring,
     /// Ready, go, running.
     HandOver,
     /// The guest has its new owner, or its old one for good.
@@ -97,7 +104,7 @@ pub struct Progress {
     pub remaining_bytes: u64,
     /// How fast the link takes bytes, lately.
     pub bytes_per_second: u64,
-    /// The downtime if the guest were stopped now.
+    /// The downtime as it was predicted when the source decided to pause the guest.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub predicted_downtime_ms: Option<Millis>,
 }
@@ -115,14 +122,46 @@ pub struct RoundInfo {
     pub bytes: u64,
     /// How long it took.
     pub duration_ms: Millis,
-    /// Pages that were dirty again at its end.
+    /// Pages that were dirty again at its end. Only the source knows it before the migration is over.
     pub dirty_pages: u64,
 }
 
-/// How one migration stands or ended.
+/// How long one step took.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StepInfo {
+    /// The step.
+    pub step: MigrationStep,
+    /// How long it took.
+    pub duration_ms: Millis,
+}
+
+/// Why a live migration stopped to send rounds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum SwitchReason {
+    /// The downtime was predicted to hold.
+    GoalMet,
+    /// No more rounds were allowed.
+    RoundLimit,
+    /// More rounds would not have brought the goal nearer.
+    Stalled,
+}
+
+/// What the target spent of the downtime, by its own clock. The rest is the source's, and the link's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TargetPart {
+    /// From the source's last word about the paused guest until all was compared and restored, and disks were locked.
+    pub restore_ms: Millis,
+    /// From `Go` until it was durably recorded whose the guest is, and the guest ran.
+    pub start_ms: Millis,
+}
+
+/// How one migration stands or ended. Once it has completed, both ends tell the same figures, in which times are by the
+/// source's clock unless they say otherwise. If the connection broke right after the hand-over, the target tells what it
+/// saw itself, which is no downtime.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MigrationStatus {
-    /// Its name.
+    /// Its name, the same at both ends.
     pub job: JobId,
     /// Which end this is.
     pub role: MigrationRole,
@@ -134,13 +173,27 @@ pub struct MigrationStatus {
     pub state: MigrationState,
     /// How far it is.
     pub progress: Progress,
-    /// The finished rounds, in order.
+    /// The finished rounds, in order. The last one is sent while the guest stands still.
     pub rounds: Vec<RoundInfo>,
-    /// How long nobody ran the guest, as this host measured it. Known once the guest runs again.
+    /// The finished steps, in order. Known at the end.
+    pub steps: Vec<StepInfo>,
+    /// How long it took so far, by this host's clock; of a completed one, from the source's first word until it heard
+    /// that the guest runs.
+    pub total_ms: Millis,
+    /// How long nobody ran the guest: from the order to pause it until the source heard that it runs at the target, so
+    /// that the way of that word is in it too. Known at the end.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub downtime_ms: Option<Millis>,
-    /// How long it took so far.
-    pub total_ms: Millis,
+    /// What the target did in that time. Known at the end.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub target_part: Option<TargetPart>,
+    /// Why no more rounds were sent; only of a live migration. Known at the end.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub switched: Option<SwitchReason>,
+    /// True if both ends compared a digest of all memory before the hand-over. A comparison that fails ends the
+    /// migration.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub verified: Option<bool>,
     /// Why it failed, in words.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,

@@ -3,7 +3,7 @@
 //! ```text
 //!  godwit run:      Starting -> Running <-> Paused -> Ended
 //!  source:          Running | Paused -> Migrating -> MovedAway | Running | Paused | InDoubt
-//!  godwit receive:  Receiving -> Incoming -> Running | Paused | Receiving | InDoubt
+//!  godwit receive:  Starting -> Receiving -> Incoming -> Running | Paused | Receiving | InDoubt
 //!  both:            InDoubt -> MovedAway | Running | Paused   (resolve)
 //! ```
 //!
@@ -20,7 +20,7 @@ use thiserror::Error;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Phase {
-    /// The machine is being built; no vCPU has run.
+    /// The machine is being built, and no vCPU has run; or the place to wait for a guest is being prepared.
     Starting,
     /// The guest runs.
     Running,

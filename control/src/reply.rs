@@ -155,12 +155,12 @@ pub struct DiskInfo {
     pub bytes: u64,
     /// Whether the guest may only read.
     pub read_only: bool,
-    /// What the guest did with it, if it is counted.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub counters: Option<DiskCounters>,
+    /// What the guest did with it.
+    pub counters: DiskCounters,
 }
 
-/// What a guest did with a disk since this process serves it.
+/// What a guest did with a disk since its machine was built here: a move, a reset and a pulse begin anew. Requests that
+/// failed are in `errors` alone; discards and writes of zeroes are not counted otherwise.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DiskCounters {
     /// Read requests.
@@ -173,7 +173,7 @@ pub struct DiskCounters {
     pub written_bytes: u64,
     /// Flush requests.
     pub flushes: u64,
-    /// Requests that failed.
+    /// Requests of any kind that failed, or that the disk does not know.
     pub errors: u64,
 }
 
@@ -203,14 +203,15 @@ pub struct NicInfo {
     pub tap: String,
     /// The guest's hardware address, such as `52:54:00:12:34:56`.
     pub mac: String,
-    /// Who carries its packets.
+    /// Who carries its packets, as it was chosen when the machine was built.
     pub backend: NicBackend,
-    /// What went through it, if it is counted.
+    /// What went through it. Absent with vhost-net: the kernel carries the packets then, and does not count them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub counters: Option<NicCounters>,
 }
 
-/// What went through a network interface since this process serves it, named from the guest's side.
+/// What went through a network interface since its machine was built here, named from the guest's side. Bytes are those
+/// of Ethernet frames; what an offload sends in one piece is one packet.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NicCounters {
     /// Packets to the guest.

@@ -41,7 +41,7 @@ pub use ledger::DirtyLedger;
 pub use link::{Link, LinkError};
 pub use progress::{Moved, Observer, Phase, Progress, Unobserved};
 pub use region::{MAX_REGION_PAGES, MAX_REGIONS, PAGE_SIZE, PageIndex, PageRun, RamRegion, RegionId, total_pages};
-pub use report::{Ending, PhaseReport, Report, Role, RoundReport};
+pub use report::{Ending, PhaseReport, Report, Role, RoundReport, TargetPart};
 pub use source::{Failed, InDoubt, Outcome, Owner, Plan, SourceError, Surroundings};
 pub use target::{Arrival, Fault, Reception};
 pub use wire::Mode;

@@ -1,8 +1,12 @@
 //! The report of one migration, from either end, in a form that is stable for machines: `serde` gives the JSON.
+//!
+//! Both ends have the same report. Only the source sees a migration from its beginning to its end, so the times are its
+//! clock's; the target adds its part of the downtime, which travels to the source in `Running`, and takes the rest from
+//! the source's `Report`. Where that was lost, the target's report has what the target saw itself, and no downtime.
 
 use crate::convergence::SwitchReason;
 use crate::progress::Phase;
-use crate::wire::Mode;
+use crate::wire::{Mode, Running};
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
 use uuid::Uuid;
@@ -42,7 +46,7 @@ pub struct RoundReport {
     pub bytes: u64,
     /// How long the round took.
     pub ms: f64,
-    /// Pages that were dirty again at the end of the round. The target does not know, and says 0.
+    /// Pages that were dirty again at the end of the round. The target does not know by itself, and says 0.
     pub dirty_at_end: u64,
 }
 
@@ -55,7 +59,22 @@ pub struct PhaseReport {
     pub ms: f64,
 }
 
-/// What one end saw of a migration that moved the guest.
+/// The target's part of the downtime, by the target's clock. The rest is the source's, and the link's.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct TargetPart {
+    /// From the seal until all was compared and restored, and what only one host may hold was taken.
+    pub restore_ms: f64,
+    /// From `Go` until the claim to the guest was durable and the guest ran.
+    pub start_ms: f64,
+}
+
+impl From<Running> for TargetPart {
+    fn from(Running { restore, start }: Running) -> Self {
+        Self { restore_ms: ms(restore), start_ms: ms(start) }
+    }
+}
+
+/// What is known of a migration that moved the guest.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Report {
     /// Which end this is.
@@ -70,23 +89,25 @@ pub struct Report {
     pub ending: Ending,
     /// The passes over memory.
     pub rounds: Vec<RoundReport>,
-    /// Bytes that went over the link, of frames of every kind.
+    /// Bytes that went over the link, of frames of every kind up to `Running`.
     pub bytes: u64,
-    /// From the first frame to the last.
+    /// From the first frame until `Running`.
     pub total_ms: f64,
-    /// How long nobody ran the guest, as far as this end can tell. Source: from the order to pause until `Running` came;
-    /// unknown if it never came. Target: from the whole state being there until the guest ran.
+    /// How long nobody ran the guest, by the source's clock: from the order to pause until `Running` came back, so that
+    /// it is too long by the way of that frame. Unknown if it never came.
     pub downtime_ms: Option<f64>,
-    /// The downtime that was predicted when the source decided to pause; the target does not know.
+    /// The target's part of it. The source does not know it if `Running` never came.
+    pub target_part: Option<TargetPart>,
+    /// The downtime that was predicted when the source decided to pause.
     pub predicted_downtime_ms: Option<f64>,
-    /// Why the source stopped sending rounds; only in live mode, and only at the source.
+    /// Why the source stopped sending rounds; only in live mode.
     pub switched: Option<SwitchReason>,
     /// `Some(true)` if both ends compared a digest of all memory, `None` if that was not asked for. A comparison that
     /// fails ends the migration, so that there is no report.
     pub verified: Option<bool>,
     /// Bytes a second over the rounds.
     pub bytes_per_second: f64,
-    /// How long each phase took, in order.
+    /// How long each phase took, in order, as the source went through them.
     pub phases: Vec<PhaseReport>,
 }
 
@@ -95,6 +116,20 @@ impl Report {
     #[must_use]
     pub fn forced(&self) -> bool {
         self.switched.is_some_and(|reason| reason != SwitchReason::GoalMet)
+    }
+
+    /// The report that the source sends of this session, if it is one.
+    pub(crate) fn of_source(json: &[u8], session: Uuid) -> Option<Self> {
+        let read = serde_json::from_slice::<Self>(json);
+        let report = read.inspect_err(|error| tracing::warn!(%error, "the source's report cannot be read")).ok()?;
+        (report.session == session).then_some(report)
+    }
+
+    /// This report of the target's, with what the source says of the same migration. What the target knows by itself it
+    /// does not take from anybody.
+    pub(crate) fn joined(self, source: Self) -> Self {
+        let Self { role, session, vm, mode, ending, verified, target_part, .. } = self;
+        Self { role, session, vm, mode, ending, verified, target_part, ..source }
     }
 
     /// The throughput over `rounds`.
@@ -139,6 +174,10 @@ mod tests {
   "bytes": 24700,
   "total_ms": 2.5,
   "downtime_ms": 0.5,
+  "target_part": {
+    "restore_ms": 0.25,
+    "start_ms": 0.125
+  },
   "predicted_downtime_ms": 0.25,
   "switched": "goal_met",
   "verified": null,
@@ -163,6 +202,9 @@ mod tests {
             bytes: 24_700,
             total_ms: 2.5,
             downtime_ms: Some(0.5),
+            target_part: Some(
+                Running { restore: Duration::from_micros(250), start: Duration::from_micros(125) }.into(),
+            ),
             predicted_downtime_ms: Some(0.25),
             switched: Some(SwitchReason::GoalMet),
             verified: None,
@@ -172,6 +214,16 @@ mod tests {
         };
         assert_eq!(serde_json::to_string_pretty(&report).unwrap(), GOLDEN);
         assert_eq!(serde_json::from_str::<Report>(GOLDEN).unwrap(), report);
+    }
+
+    #[test]
+    fn a_peers_report_is_taken_if_it_is_one_of_this_session() {
+        let session = Uuid::from_u128(1);
+        assert!(Report::of_source(GOLDEN.as_bytes(), session).is_some());
+        assert_eq!(Report::of_source(GOLDEN.as_bytes(), Uuid::from_u128(2)), None);
+        for nonsense in ["", "{}", "[1]", "\u{fffd}", &"[".repeat(10_000), &GOLDEN.replace("2.5", "1e999")] {
+            assert_eq!(Report::of_source(nonsense.as_bytes(), session), None);
+        }
     }
 
     #[test]

@@ -226,18 +226,16 @@ impl Account {
     }
 
     fn of(events: EventStream) -> Result<Self> {
-        let (mut rounds, mut bytes) = (0, 0);
         for event in events {
-            match event?.what {
-                Happening::RoundEnded { round, .. } => {
-                    rounds += 1;
-                    bytes += round.bytes;
-                }
-                Happening::MigrationEnded { total_ms, downtime_ms: Some(downtime), .. } => {
-                    return Ok(Self { rounds, bytes, total: total_ms.into(), downtime: downtime.into() });
-                }
-                Happening::MigrationEnded { error, .. } => bail!("The guest has not moved: {error:?}"),
-                _ => {}
+            if let Happening::MigrationEnded { migration } = event?.what {
+                let downtime = migration.downtime_ms;
+                let downtime = downtime.with_context(|| format!("The guest has not moved: {:?}", migration.error))?;
+                return Ok(Self {
+                    rounds: migration.rounds.len(),
+                    bytes: migration.progress.bytes_sent,
+                    total: migration.total_ms.into(),
+                    downtime: downtime.into(),
+                });
             }
         }
         bail!("The source ended before it told the end of the migration")

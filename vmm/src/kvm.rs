@@ -11,7 +11,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{Cap, Kvm, VmFd};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use thiserror::Error;
 use vmm_sys_util::errno;
 
@@ -119,6 +119,7 @@ pub struct Capabilities {
 pub struct KvmHost {
     kvm: Kvm,
     capabilities: Capabilities,
+    cpuid: OnceLock<Result<CpuId, errno::Error>>,
 }
 
 impl KvmHost {
@@ -144,7 +145,7 @@ impl KvmHost {
             return Err(KvmError::Capability { name });
         }
         let capabilities = Capabilities::of(&kvm);
-        Ok(Self { kvm, capabilities })
+        Ok(Self { kvm, capabilities, cpuid: OnceLock::new() })
     }
 
     /// What this KVM can do beyond the necessary.
@@ -159,13 +160,18 @@ impl KvmHost {
         &self.kvm
     }
 
-    /// The CPUID leaves that KVM supports on this host.
+    /// The CPUID leaves that KVM supports on this host. It is asked once; who comes meanwhile waits. KVM reads most leaves
+    /// from the CPU anew, which on a host that is itself a guest takes half a millisecond.
     ///
     /// # Errors
     /// [`KvmError::Refused`].
-    pub fn supported_cpuid(&self) -> Result<CpuId, KvmError> {
-        let cpuid = self.kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES);
-        let mut cpuid = cpuid.map_err(KvmError::refused("tell the CPUID it supports"))?;
+    pub fn supported_cpuid(&self) -> Result<&CpuId, KvmError> {
+        let cpuid = self.cpuid.get_or_init(|| self.ask_cpuid());
+        cpuid.as_ref().map_err(|source| KvmError::refused("tell the CPUID it supports")(*source))
+    }
+
+    fn ask_cpuid(&self) -> Result<CpuId, errno::Error> {
+        let mut cpuid = self.kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)?;
         // KVM tells the deadline timer only by a capability (Documentation/virt/kvm/api.rst, KVM_GET_SUPPORTED_CPUID).
         for leaf in cpuid.as_mut_slice().iter_mut().filter(|leaf| leaf.function == 1 && self.capabilities.tsc_deadline)
         {
@@ -321,6 +327,7 @@ mod tests {
         let host = KvmHost::open().unwrap();
         assert!(host.capabilities().max_vcpus >= 32);
         assert!(!host.supported_cpuid().unwrap().as_slice().is_empty());
+        assert!(std::ptr::eq(host.supported_cpuid().unwrap(), host.supported_cpuid().unwrap()), "KVM is asked once");
         assert!(!host.msr_list().unwrap().as_slice().is_empty());
         host.create_vm().unwrap();
         let vm = host.create_vm_without_chips().unwrap();

@@ -35,7 +35,7 @@ fn types() -> BTreeMap<&'static str, Pass> {
     types! {
         VmInfo Phase DirtyTrackerKind Stop BalloonInfo SetBalloon DiskList DiskInfo DiskCounters NicList NicInfo
         NicBackend NicCounters StartMigration PeerAddress MigrationMode MigrationRole MigrationState MigrationStep
-        JobStarted LastMigration MigrationStatus Progress RoundInfo ResolveMigration Owner Pulse Pulsed Happening Event
+        JobStarted LastMigration MigrationStatus Progress RoundInfo StepInfo SwitchReason TargetPart ResolveMigration Owner Pulse Pulsed Happening Event
         EndReason ErrorBody Code
     }
 }
@@ -243,7 +243,7 @@ fn what_the_types_write_is_described() {
         verify: true,
     };
     described("StartMigration", json!(start));
-    let counters = Some(DiskCounters::default());
+    let counters = DiskCounters::default();
     let disk = DiskInfo { id: "blk0".into(), path: "/d".into(), bytes: 512, read_only: true, counters };
     described("DiskList", json!(DiskList { disks: vec![disk] }));
     let nic = NicInfo {
@@ -255,27 +255,25 @@ fn what_the_types_write_is_described() {
     };
     described("NicList", json!(NicList { nics: vec![nic] }));
     let migration = MigrationStatus {
-        job: JobId::random(),
+        job: JobId::random().unwrap(),
         role: MigrationRole::Target,
         peer: to,
         mode: MigrationMode::Live,
         state: MigrationState::InDoubt,
         progress,
         rounds: Vec::new(),
-        downtime_ms: millis,
+        steps: vec![StepInfo { step: MigrationStep::Pausing, duration_ms: Millis::default() }],
         total_ms: Millis::default(),
+        downtime_ms: millis,
+        target_part: Some(TargetPart { restore_ms: Millis::default(), start_ms: Millis::default() }),
+        switched: Some(SwitchReason::GoalMet),
+        verified: Some(true),
         error: Some("The link broke".into()),
     };
-    described("LastMigration", json!(LastMigration { migration: Some(migration) }));
+    described("LastMigration", json!(LastMigration { migration: Some(migration.clone()) }));
     let body = ErrorBody { code: Code::TooLate, message: String::new(), phase: Some(Phase::Ended) };
     described("ErrorBody", json!(body));
-    let ended = Happening::MigrationEnded {
-        job: JobId::random(),
-        state: MigrationState::Failed,
-        downtime_ms: millis,
-        total_ms: Millis::default(),
-        error: Some("The link broke".into()),
-    };
+    let ended = Happening::MigrationEnded { migration: Box::new(migration) };
     assert_eq!(json!(ended)["type"], ended.name());
     described("Event", json!(Event { sequence: 1, at_ms: 0, what: ended }));
 }

@@ -5,12 +5,14 @@
 //! wrong with a request that has a status byte is answered there, and never harms the device.
 
 pub mod backend;
+mod counters;
 pub mod file;
 mod request;
 #[cfg(test)]
 mod tests;
 
 pub use backend::{BlockBackend, Unmap};
+pub use counters::{BlkCounters, BlkCounts};
 pub use file::{Access, DiskError, FileBackend};
 
 use self::request::{Request, Status};
@@ -18,6 +20,7 @@ use super::{BrokenRing, Fault, Io, MmioSavedV1, Progress, QueueOwner, RestoreErr
 use crate::Gpa;
 use saved::Saved;
 use serde::{Deserialize, Serialize};
+use std::sync::Arc;
 use std::time::Duration;
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX,
@@ -99,6 +102,7 @@ pub struct Blk {
     backend: Box<dyn BlockBackend>,
     serial: String,
     config: Config,
+    counters: Arc<BlkCounters>,
 }
 
 /// The section of a disk, version 1.
@@ -123,13 +127,19 @@ impl Blk {
     pub fn new(parts: BlkParts) -> Self {
         let BlkParts { backend, serial } = parts;
         let config = Config::new(backend.capacity());
-        Self { backend, serial, config }
+        Self { backend, serial, config, counters: Arc::default() }
     }
 
     /// Where the bytes are.
     #[must_use]
     pub fn backend(&self) -> &dyn BlockBackend {
         self.backend.as_ref()
+    }
+
+    /// What the driver did with it. They begin with the device: a move, which makes another, does not take them along.
+    #[must_use]
+    pub fn counters(&self) -> &Arc<BlkCounters> {
+        &self.counters
     }
 
     fn serve(&mut self, io: &mut Io, queue: usize) -> Result<Progress, BrokenRing> {
@@ -151,6 +161,7 @@ impl Blk {
             if must_flush && self.backend.flush().is_err() {
                 status = Status::IoError;
             }
+            self.counters.note(request.counted(), status);
             let written = request.finish(&io.ram, status, data);
             io.queues[queue].push(&chain, written)?;
             // Not once per batch: the guest can go on with this one while the next waits for the disk.
@@ -237,8 +248,8 @@ impl VirtioDevice for Blk {
     fn harvest_dirty(&mut self, _: &mut dyn FnMut(Gpa)) {}
 
     fn save(&self, transport: MmioSavedV1) -> BlkSavedV1 {
-        // The serial and the back end are the host's.
-        let Self { backend, serial: _, config: _ } = self;
+        // The serial, the back end and what was counted are the host's.
+        let Self { backend, serial: _, config: _, counters: _ } = self;
         BlkSavedV1 { transport, capacity: backend.capacity() / SECTOR, read_only: backend.is_read_only() }
     }
 

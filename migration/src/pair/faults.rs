@@ -85,6 +85,12 @@ fn frames(plan: &Plan) -> [usize; 2] {
     attempt.frames
 }
 
+/// The frame of one end that decides whose the guest is: `Go`, which only the report follows, or `Running`.
+pub(super) fn decisive(plan: &Plan, sender: usize) -> usize {
+    let after = if sender == SOURCE { 1 } else { 0 };
+    frames(plan)[sender] - 1 - after
+}
+
 /// Every harm at every frame of one end; returns the fates by frame.
 fn storm(mode: Mode, sender: usize) -> Vec<Vec<Fate>> {
     let frames = frames(&plan(mode))[sender];
@@ -96,22 +102,25 @@ fn storm(mode: Mode, sender: usize) -> Vec<Vec<Fate>> {
     (0..frames).map(|frame| Harm::FOUND.iter().map(|&harm| strike(frame, harm)).collect()).collect()
 }
 
-/// Checks that harm to all frames but the last lets the guest stay; returns the fates of the last by harm.
-fn last_frame(mode: Mode, sender: usize) -> Vec<(Harm, Fate)> {
+/// Checks that harm to all frames before the decisive one lets the guest stay, and harm to one after it changes nothing;
+/// returns the fates of the decisive one by harm.
+fn at_decisive_frame(mode: Mode, sender: usize) -> Vec<(Harm, Fate)> {
     let mut fates = storm(mode, sender);
-    let (last, before_last) = (fates.pop().unwrap(), fates.len());
+    let decisive = decisive(&plan(mode), sender);
+    assert!(fates.split_off(decisive + 1).concat().iter().all(|fate| *fate == Fate::Moved));
+    let decided = fates.pop().unwrap();
     for (frame, fates) in fates.iter().enumerate() {
         for (harm, fate) in Harm::FOUND.iter().zip(fates) {
             let harmless = (*harm, *fate) == (Harm::Swap, Fate::Moved) && sender == TARGET; // with a sign of life
             // The target's protest at a second Seal and the source's Go may pass each other.
-            let late = (*harm, *fate) == (Harm::Double, Fate::FoundHere) && frame + 1 == before_last;
+            let late = (*harm, *fate) == (Harm::Double, Fate::FoundHere) && frame + 1 == decisive;
             assert!(
                 *fate == Fate::Stayed || harmless || late,
                 "{mode:?}: {harm:?} to frame {frame} of {sender}: {fate:?}"
             );
         }
     }
-    Harm::FOUND.into_iter().zip(last).collect()
+    Harm::FOUND.into_iter().zip(decided).collect()
 }
 
 #[test]
@@ -119,11 +128,11 @@ fn every_harm_to_every_frame_of_the_source_leaves_one_owner() {
     for mode in [Mode::Stop, Mode::Live] {
         let expected = Harm::FOUND.map(|harm| match harm {
             Harm::CutAfter => Fate::FoundThere,
-            // The second Go is not looked at; a held back one comes after a sign of life.
+            // The second Go is passed over; a held back one comes after a sign of life.
             Harm::Double | Harm::Swap => Fate::Moved,
             _ => Fate::FoundHere,
         });
-        assert_eq!(last_frame(mode, SOURCE), Harm::FOUND.into_iter().zip(expected).collect::<Vec<_>>(), "Go");
+        assert_eq!(at_decisive_frame(mode, SOURCE), Harm::FOUND.into_iter().zip(expected).collect::<Vec<_>>(), "Go");
     }
 }
 
@@ -134,7 +143,11 @@ fn every_harm_to_every_frame_of_the_target_leaves_one_owner() {
             Harm::CutAfter | Harm::Double => Fate::Moved,
             _ => Fate::FoundThere,
         });
-        assert_eq!(last_frame(mode, TARGET), Harm::FOUND.into_iter().zip(expected).collect::<Vec<_>>(), "Running");
+        assert_eq!(
+            at_decisive_frame(mode, TARGET),
+            Harm::FOUND.into_iter().zip(expected).collect::<Vec<_>>(),
+            "Running"
+        );
     }
 }
 
@@ -156,11 +169,11 @@ fn two_faults_at_once_leave_one_owner() {
 #[test]
 fn cancelling_at_every_frame_leaves_the_guest_or_comes_too_late() {
     for mode in [Mode::Stop, Mode::Live] {
-        let frames = frames(&plan(mode))[SOURCE];
-        for frame in 0..frames {
+        let decisive = decisive(&plan(mode), SOURCE);
+        for frame in 0..frames(&plan(mode))[SOURCE] {
             let fate = survive(&plan(mode), Weather { cancel_at: Some(frame), ..Weather::default() });
-            let expected = if frame + 1 < frames { Fate::Stayed } else { Fate::Moved };
-            assert_eq!(fate, expected, "cancelled while frame {frame} of {frames} was sent");
+            let expected = if frame < decisive { Fate::Stayed } else { Fate::Moved };
+            assert_eq!(fate, expected, "cancelled while frame {frame} was sent");
         }
     }
 }
@@ -249,7 +262,7 @@ fn a_way_back_that_fails_leaves_the_guest_paused() {
             host.fails = None;
         }
         let (claims, mode) = (MemoryClaims::default(), Mode::Live);
-        let lost_go = FaultAt { sender: SOURCE, frame: frames(&plan(mode))[SOURCE] - 1, harm: Harm::Cut };
+        let lost_go = FaultAt { sender: SOURCE, frame: decisive(&plan(mode), SOURCE), harm: Harm::Cut };
         let faults = if step == "record_kept" { vec![lost_go] } else { Vec::new() };
         let attempt = migrate(guest, &mut host, &claims, &plan(mode), Weather { faults, ..Weather::default() });
         let outcome = match attempt.outcome {
@@ -294,10 +307,10 @@ fn an_uncertain_claim_is_made_certain() {
     }
 }
 
-/// A doubt, by a cut before the last frame that the sender sends.
+/// A doubt, by a cut before the decisive frame of the sender.
 fn doubt(sender: usize) -> (World, MemoryClaims, crate::InDoubt<FakeGuest>) {
     let (world, claims, plan) = (World::new(), MemoryClaims::default(), plan(Mode::Live));
-    let frame = frames(&plan)[sender] - 1;
+    let frame = decisive(&plan, sender);
     let faults = vec![FaultAt { sender, frame, harm: Harm::Cut }];
     let weather = Weather { faults, ..Weather::default() };
     let attempt = migrate(FakeGuest::new(&world), &mut FakeHost::new(&world), &claims, &plan, weather);

@@ -13,6 +13,7 @@ use crate::target::{Arrival, Fault, Reception, receive};
 use crate::{CancelToken, Goal, Mode};
 use link::{End, FaultAt, VirtualClock, connect};
 use std::time::Duration;
+use uuid::Uuid;
 use world::{FakeGuest, FakeHost, MemoryClaims, World};
 
 /// An onlooker that remembers.
@@ -46,7 +47,7 @@ pub(super) struct Attempt {
 pub(super) const PATIENCE: Duration = Duration::from_secs(30);
 
 pub(super) fn plan(mode: Mode) -> Plan {
-    Plan { goal: Goal { max_rounds: 4, ..Goal::default() }, patience: PATIENCE, ..Plan::new(mode) }
+    Plan { goal: Goal { max_rounds: 4, ..Goal::default() }, patience: PATIENCE, ..Plan::new(Uuid::new_v4(), mode) }
 }
 
 /// Migrates `guest` into `host` with both ends of the real engine.

@@ -9,9 +9,10 @@ use crate::link::{Link, LinkError};
 use crate::progress::Unobserved;
 use crate::source::{self, Failed, Outcome, SourceError, Surroundings};
 use crate::target::Fault;
-use crate::wire::{Frame, FrameError, HEADER_BYTES, Header, Kind};
+use crate::wire::{Frame, FrameError, HEADER_BYTES, Header, Kind, Running};
 use crate::{CancelToken, Claim, Clock, Mode};
 use proptest::prelude::*;
+use std::time::Duration;
 use uuid::Uuid;
 
 fn encoded(frame: &Frame<'_>) -> Vec<u8> {
@@ -126,7 +127,8 @@ fn a_target_that_answers_out_of_turn_does_not_get_the_guest() {
     let accept = encoded(&Frame::Accept { claims: Uuid::nil() });
     for wrong in [
         Frame::Ready,
-        Frame::Running,
+        Frame::Running(Running { restore: Duration::ZERO, start: Duration::ZERO }),
+        Frame::Report(b"{}"),
         Frame::Verdict(Claim::Mine),
         Frame::Go,
         Frame::State(b"mine"),

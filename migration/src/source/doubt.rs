@@ -66,14 +66,14 @@ impl<G: SourceGuest> InDoubt<G> {
 
     /// Asks the target over a new link. Still in doubt if no answer comes, or one from somebody who does not know.
     pub fn ask<L: Link>(self, link: &mut L, clock: &dyn Clock) -> Outcome<G> {
-        let plan = Plan { session: self.session(), patience: self.patience, ..Plan::new(self.report.mode) };
+        let plan = Plan { patience: self.patience, ..Plan::new(self.session(), self.report.mode) };
         let around = Surroundings { clock, cancel: &CancelToken::new(), observer: &mut Unobserved };
         let mut drive = Drive::new(link, &plan, around);
         let query = Frame::Query { session: plan.session, claims: self.claims };
         match drive.send(&query).and_then(|()| drive.answer_regardless(Kind::Verdict)) {
             Ok(Answer::Verdict(Claim::Mine)) => self.at_target(Ending::ConfirmedLater),
             Ok(Answer::Verdict(Claim::NotMine)) => self.stays(SourceError::NotTaken, clock),
-            Ok(Answer::Accept { .. } | Answer::Ready | Answer::Running) => Outcome::InDoubt(self),
+            Ok(Answer::Accept { .. } | Answer::Ready | Answer::Running(_)) => Outcome::InDoubt(self),
             Err(cause) => Outcome::InDoubt(Self { cause, ..self }),
         }
     }

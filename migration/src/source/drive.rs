@@ -15,7 +15,7 @@ use crate::link::{Link, LinkError};
 use crate::progress::{Moved, Observer, Phase, Progress};
 use crate::region::PAGE_SIZE;
 use crate::report::{Ending, PhaseReport, Report, Role, RoundReport, ms, per_second};
-use crate::wire::{Frame, Kind, RoundEnd};
+use crate::wire::{Frame, Kind, MAX_REPORT, RoundEnd, Running};
 use std::time::Duration;
 use uuid::Uuid;
 
@@ -27,7 +27,7 @@ const LAST_WORDS: Duration = Duration::from_secs(1);
 pub(super) enum Answer {
     Accept { claims: Uuid },
     Ready,
-    Running,
+    Running(Running),
     Verdict(Claim),
 }
 
@@ -36,7 +36,7 @@ impl Answer {
         match self {
             Self::Accept { .. } => Kind::Accept,
             Self::Ready => Kind::Ready,
-            Self::Running => Kind::Running,
+            Self::Running(_) => Kind::Running,
             Self::Verdict(_) => Kind::Verdict,
         }
     }
@@ -199,7 +199,7 @@ impl<'a, L: Link> Drive<'a, L> {
         match frame {
             Frame::Accept { claims } => Ok(Some(Answer::Accept { claims })),
             Frame::Ready => Ok(Some(Answer::Ready)),
-            Frame::Running => Ok(Some(Answer::Running)),
+            Frame::Running(part) => Ok(Some(Answer::Running(part))),
             Frame::Verdict(claim) => Ok(Some(Answer::Verdict(claim))),
             Frame::Heartbeat => Ok(None),
             Frame::Refuse { reason } => Err(SourceError::Refused { reason: reason.to_owned() }),
@@ -210,7 +210,8 @@ impl<'a, L: Link> Drive<'a, L> {
             | Frame::State(_)
             | Frame::Seal(_)
             | Frame::Go
-            | Frame::Query { .. } => Err(SourceError::OutOfTurn { found, expected: Kind::Heartbeat }),
+            | Frame::Query { .. }
+            | Frame::Report(_) => Err(SourceError::OutOfTurn { found, expected: Kind::Heartbeat }),
         }
     }
 
@@ -283,21 +284,35 @@ impl<'a, L: Link> Drive<'a, L> {
         }
     }
 
-    /// The report of a migration that has come this far.
-    pub(super) fn report(&mut self, ending: Ending) -> Report {
+    /// Tells the target what it all took. Whether it hears changes nothing.
+    pub(super) fn tell_report(&mut self, report: &Report) {
+        self.channel.link().set_patience(LAST_WORDS);
+        match serde_json::to_vec(report) {
+            Ok(json) if json.len() <= MAX_REPORT => {
+                if let Err(error) = self.channel.send(&Frame::Report(&json)) {
+                    tracing::warn!(error = in_words(&error), "the target was not told the source's report");
+                }
+            }
+            Ok(json) => tracing::warn!(bytes = json.len(), "the report is too long to tell the target"),
+            Err(error) => tracing::warn!(%error, "the report cannot be encoded"),
+        }
+    }
+
+    /// The report of a migration whose guest was given away: to a target that runs it, or does so perhaps.
+    pub(super) fn report(&mut self, running: Option<Running>) -> Report {
         self.leave();
         let Account { vm, rounds, phases, predicted, switched } = self.account.clone();
         let now = self.clock.now();
-        let known = ending == Ending::HandedOver;
         Report {
             role: Role::Source,
             session: self.plan.session,
             vm,
             mode: self.plan.mode,
-            ending,
+            ending: if running.is_some() { Ending::HandedOver } else { Ending::ConfirmedLater },
             bytes: self.channel.bytes(),
             total_ms: ms(now - self.started),
-            downtime_ms: self.paused.filter(|_| known).map(|paused| ms(now - paused)),
+            downtime_ms: self.paused.filter(|_| running.is_some()).map(|paused| ms(now - paused)),
+            target_part: running.map(Into::into),
             predicted_downtime_ms: predicted.map(ms),
             switched,
             verified: self.plan.verify.then_some(true),

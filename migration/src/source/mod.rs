@@ -29,7 +29,7 @@ use crate::ledger::DirtyLedger;
 use crate::link::Link;
 use crate::progress::{Observer, Phase};
 use crate::region::{MAX_REGION_PAGES, MAX_REGIONS, RamRegion};
-use crate::report::{Ending, Report};
+use crate::report::Report;
 use crate::wire::{Frame, Hello, Kind, MAX_MACHINE, MAX_STATE, Mode, Seal};
 use custody::{Custody, Step};
 use drive::{Answer, Drive};
@@ -58,17 +58,10 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// A plan with a fresh session and usual values.
+    /// A plan with usual values.
     #[must_use]
-    pub fn new(mode: Mode) -> Self {
-        Self {
-            session: Uuid::new_v4(),
-            mode,
-            verify: false,
-            goal: Goal::default(),
-            timeout: None,
-            patience: Duration::from_secs(30),
-        }
+    pub fn new(session: Uuid, mode: Mode) -> Self {
+        Self { session, mode, verify: false, goal: Goal::default(), timeout: None, patience: Duration::from_secs(30) }
     }
 }
 
@@ -299,9 +292,16 @@ impl<G: SourceGuest> Ready<G> {
         }
         // No return. Even a `Go` that could not be sent may have arrived.
         match drive.send(&Frame::Go).and_then(|()| drive.answer_regardless(Kind::Running)) {
-            Ok(_) => Outcome::HandedOver(drive.report(Ending::HandedOver)),
-            Err(cause) => {
-                let report = drive.report(Ending::ConfirmedLater);
+            Ok(Answer::Running(part)) => {
+                let report = drive.report(Some(part));
+                drive.tell_report(&report);
+                Outcome::HandedOver(report)
+            }
+            other => {
+                let out_of_turn =
+                    |found: Answer| SourceError::OutOfTurn { found: found.kind(), expected: Kind::Running };
+                let cause = other.map_or_else(|cause| cause, out_of_turn);
+                let report = drive.report(None);
                 Outcome::InDoubt(InDoubt::new(self.custody, self.claims, cause, report, drive.plan.patience))
             }
         }

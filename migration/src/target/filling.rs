@@ -1,13 +1,15 @@
 //! The target while memory comes in, and its check of the whole.
 
 use super::error::Fault;
+use crate::clock::Clock;
 use crate::digest::{self, TranscriptDigest};
 use crate::guest::{HostError, TargetHost, exact_slice};
 use crate::ledger::DirtyLedger;
 use crate::region::{PageIndex, PageRun, RamRegion, RegionId};
 use crate::report::{Ending, PhaseReport, Report, Role, RoundReport, ms};
-use crate::wire::{Hello, Mode, PageCode, Records, RoundEnd, Seal};
+use crate::wire::{Hello, Mode, PageCode, Records, RoundEnd, Running, Seal};
 use crate::zero::{clear, pages};
+use std::fmt;
 use std::time::Duration;
 use uuid::Uuid;
 
@@ -19,8 +21,14 @@ pub struct Incoming {
     mode: Mode,
     verify: bool,
     started: Duration,
-    pub(super) sealed: Duration,
     rounds: Vec<RoundReport>,
+}
+
+/// The account of a guest that runs here.
+#[derive(Debug)]
+pub struct Arrived {
+    pub(super) incoming: Incoming,
+    pub(super) part: Running,
 }
 
 /// Memory under way.
@@ -44,21 +52,36 @@ struct Tally {
 }
 
 /// The moment in which a frame came, as the driver knows it.
-#[derive(Debug, Clone, Copy)]
-pub struct Moment {
+#[derive(Clone, Copy)]
+pub struct Moment<'a> {
     /// The time.
     pub now: Duration,
+    /// The clock that it was read from.
+    pub clock: &'a dyn Clock,
     /// Bytes that had gone over the link.
     pub bytes: u64,
     /// All frames that came before.
     pub before: TranscriptDigest,
 }
 
+impl fmt::Debug for Moment<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Moment").field("now", &self.now).field("bytes", &self.bytes).finish_non_exhaustive()
+    }
+}
+
+impl Moment<'_> {
+    /// How long ago it was.
+    pub(super) fn elapsed(&self) -> Duration {
+        self.clock.now() - self.now
+    }
+}
+
 impl Filling {
-    pub(super) fn new(hello: Hello<'_>, at: Moment) -> Self {
+    pub(super) fn new(hello: Hello<'_>, at: Moment<'_>) -> Self {
         let Hello { session, vm, mode, verify, build: _, regions, machine: _ } = hello;
         let written = DirtyLedger::new(&regions.iter().map(|region| region.pages).collect::<Vec<_>>());
-        let incoming = Incoming { session, vm, mode, verify, started: at.now, sealed: at.now, rounds: Vec::new() };
+        let incoming = Incoming { session, vm, mode, verify, started: at.now, rounds: Vec::new() };
         Self { incoming, regions, written, round: Tally::new(1, at) }
     }
 
@@ -100,7 +123,7 @@ impl Filling {
     }
 
     /// Compares a round with what the source says of it, and begins the next.
-    pub(super) fn round_end(&mut self, end: RoundEnd, at: Moment) -> Result<RoundReport, Fault> {
+    pub(super) fn round_end(&mut self, end: RoundEnd, at: Moment<'_>) -> Result<RoundReport, Fault> {
         let Tally { round, pages, zero_pages, started, bytes_before } = self.round;
         same("The number of a round", round.into(), end.round.into())?;
         same("The number of pages of a round", pages, end.pages)?;
@@ -118,7 +141,7 @@ impl Filling {
     }
 
     /// Compares everything with the source's account of it.
-    pub(super) fn check_seal<H: TargetHost>(&self, seal: &Seal, host: &H, at: Moment) -> Result<(), Fault> {
+    pub(super) fn check_seal<H: TargetHost>(&self, seal: &Seal, host: &H, at: Moment<'_>) -> Result<(), Fault> {
         same("The number of frames", at.before.frames, seal.frames)?;
         same("The digest of all frames", at.before.digest, seal.transcript)?;
         same("The number of pages after the last round", self.round.pages, 0)?;
@@ -136,15 +159,15 @@ impl Filling {
 }
 
 impl Tally {
-    fn new(round: u32, at: Moment) -> Self {
+    fn new(round: u32, at: Moment<'_>) -> Self {
         Self { round, pages: 0, zero_pages: 0, started: at.now, bytes_before: at.bytes }
     }
 }
 
-impl Incoming {
-    /// The report, now that the guest runs.
+impl Arrived {
+    /// What this end knows by itself, now that the guest runs.
     pub(super) fn report(self, now: Duration, bytes: u64, phases: Vec<PhaseReport>) -> Report {
-        let Self { session, vm, mode, verify, started, sealed, rounds } = self;
+        let Self { incoming: Incoming { session, vm, mode, verify, started, rounds }, part } = self;
         Report {
             role: Role::Target,
             session,
@@ -153,7 +176,8 @@ impl Incoming {
             ending: Ending::HandedOver,
             bytes,
             total_ms: ms(now - started),
-            downtime_ms: Some(ms(now - sealed)),
+            downtime_ms: None,
+            target_part: Some(part.into()),
             predicted_downtime_ms: None,
             switched: None,
             verified: verify.then_some(true),

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! AwaitHello ──Hello──► Filling ──State──► AwaitSeal ──Seal──► AwaitGo ──Go──► Running
-//!     │                  │   ▲ Pages, RoundEnd            Ready sent      Running sent
+//!     │                  │   ▲ Pages, RoundEnd            Ready sent      Running sent ──Report──► told
 //!     └──Query──► Answered
 //! any state but the last ──wrong frame, Abort, lost link──► fault: the guest is not this host's, and never will be
 //! ```
@@ -16,7 +16,7 @@ mod receive;
 mod tests;
 
 pub use error::Fault;
-pub use filling::{Filling, Incoming, Moment};
+pub use filling::{Arrived, Filling, Incoming, Moment};
 pub use receive::{Arrival, Reception, receive};
 
 use crate::channel::host_error;
@@ -24,7 +24,8 @@ use crate::guest::{Claim, Claims, Offer, Refusal, TargetHost};
 use crate::progress::Phase;
 use crate::region::RamRegion;
 use crate::report::RoundReport;
-use crate::wire::{Frame, Hello, Seal};
+use crate::wire::{Frame, Hello, Running, Seal};
+use std::time::Duration;
 use uuid::Uuid;
 
 /// Where the target is.
@@ -39,7 +40,7 @@ pub enum Target {
     /// All is restored; the source has been told.
     AwaitGo(Box<AwaitGo>),
     /// The guest is this host's.
-    Running(Box<Incoming>),
+    Running(Box<Arrived>),
     /// A question was answered.
     Answered(Claim),
 }
@@ -55,6 +56,8 @@ pub struct AwaitSeal {
 #[derive(Debug)]
 pub struct AwaitGo {
     incoming: Incoming,
+    /// How long that took.
+    restore: Duration,
 }
 
 /// What is to be done after a frame.
@@ -80,7 +83,7 @@ impl Target {
     pub fn on_frame<H: TargetHost, C: Claims>(
         self,
         frame: Frame<'_>,
-        at: Moment,
+        at: Moment<'_>,
         host: &mut H,
         claims: &C,
     ) -> Result<(Self, Reply), Fault> {
@@ -110,9 +113,10 @@ impl Target {
                 Ok((Self::AwaitGo(Box::new(ready)), Reply::Send(Frame::Ready)))
             }
             (Self::AwaitGo(ready), Frame::Go) => {
-                let AwaitGo { incoming } = *ready;
+                let AwaitGo { incoming, restore } = *ready;
                 take_over(incoming.session, host, claims)?;
-                Ok((Self::Running(Box::new(incoming)), Reply::Last(Frame::Running)))
+                let part = Running { restore, start: at.elapsed() };
+                Ok((Self::Running(Box::new(Arrived { incoming, part })), Reply::Last(Frame::Running(part))))
             }
             (state, frame) => Err(Fault::OutOfTurn { found: frame.kind(), when: state.in_words() }),
         }
@@ -126,7 +130,7 @@ impl Target {
             Self::Filling(filling) => Some(filling.incoming.session),
             Self::AwaitSeal(whole) => Some(whole.filling.incoming.session),
             Self::AwaitGo(ready) => Some(ready.incoming.session),
-            Self::Running(incoming) => Some(incoming.session),
+            Self::Running(arrived) => Some(arrived.incoming.session),
         }
     }
 
@@ -187,11 +191,10 @@ fn take_over<H: TargetHost, C: Claims>(session: Uuid, host: &mut H, claims: &C) 
 
 impl AwaitSeal {
     /// Checks that all of the guest is here as it was sent, and restores it.
-    fn restore<H: TargetHost>(mut self, seal: &Seal, host: &mut H, at: Moment) -> Result<AwaitGo, Fault> {
-        self.filling.incoming.sealed = at.now;
+    fn restore<H: TargetHost>(self, seal: &Seal, host: &mut H, at: Moment<'_>) -> Result<AwaitGo, Fault> {
         self.filling.check_seal(seal, host, at)?;
         host.restore(&self.state)
             .map_err(|error| Fault::Host { step: "restore the guest's state", source: host_error(error) })?;
-        Ok(AwaitGo { incoming: self.filling.incoming })
+        Ok(AwaitGo { incoming: self.filling.incoming, restore: at.elapsed() })
     }
 }

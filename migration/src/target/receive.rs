@@ -57,9 +57,13 @@ pub fn receive<'a, L: Link, H: TargetHost, C: Claims>(
     loop {
         driver.enter(target.phase());
         target = match driver.step(target, host, claims) {
-            Ok(Target::Running(incoming)) => {
+            Ok(Target::Running(arrived)) => {
                 let (now, bytes) = (driver.around.clock.now(), driver.channel.bytes());
-                let report = incoming.report(now, bytes, driver.leave());
+                let own = arrived.report(now, bytes, driver.leave());
+                let report = match driver.hear_report(own.session) {
+                    Some(source) => own.joined(source),
+                    None => own,
+                };
                 driver.linger();
                 return Ok(Arrival::Running(report));
             }
@@ -115,7 +119,8 @@ impl<'a, L: Link> Driver<'a, L> {
         self.wait().map_err(Fault::Link)?;
         let bytes = self.channel.bytes();
         let frame = self.channel.receive(&mut self.body)?;
-        let at = Moment { now: self.around.clock.now(), bytes, before: self.channel.received_before_last() };
+        let clock = self.around.clock;
+        let at = Moment { now: clock.now(), clock, bytes, before: self.channel.received_before_last() };
         let records = if let Frame::Pages(records) = &frame { *records } else { Records::new(&[]) };
         let (target, reply) = target.on_frame(frame, at, host, claims)?;
         self.session = target.session();
@@ -163,6 +168,18 @@ impl<'a, L: Link> Driver<'a, L> {
         if let Err(error) = self.channel.send(frame) {
             tracing::warn!(error = in_words(&error), frame = %frame.kind(), "the source was not told");
         }
+    }
+
+    /// Waits for the source's report, and passes over what else comes; `None` if it does not come.
+    fn hear_report(&mut self, session: Uuid) -> Option<Report> {
+        let end = self.around.clock.now() + LINGER;
+        self.channel.link().set_patience(LINGER);
+        while self.around.clock.now() < end && self.channel.link().wait(LINGER).is_ok_and(|came| came) {
+            if let Frame::Report(json) = self.channel.receive(&mut self.body).ok()? {
+                return Report::of_source(json, session);
+            }
+        }
+        None
     }
 
     /// Waits for the source to hang up.

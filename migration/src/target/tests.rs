@@ -5,14 +5,29 @@ use crate::digest::TranscriptDigest;
 use crate::pair::world::{FakeHost, MemoryClaims, REGIONS, STATE, World};
 use crate::region::{MAX_REGIONS, PAGE_SIZE, PageIndex, PageRun, RegionId};
 use crate::wire::{Kind, Mode, PageCode, PageRecord, Records, RoundEnd};
-use crate::{GuestPages, RamRegion};
+use crate::{Clock, GuestPages, RamRegion};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 const SESSION: Uuid = Uuid::from_u128(1);
 const BEFORE: TranscriptDigest = TranscriptDigest { frames: 4, digest: 77 };
 
-fn at() -> Moment {
-    Moment { now: Duration::ZERO, bytes: 0, before: BEFORE }
+/// A clock that goes on by a second each time it is read.
+#[derive(Debug)]
+struct Seconds(AtomicU64);
+
+impl Clock for Seconds {
+    fn now(&self) -> Duration {
+        Duration::from_secs(self.0.fetch_add(1, Ordering::Relaxed))
+    }
+
+    fn sleep(&self, _: Duration) {}
+}
+
+static CLOCK: Seconds = Seconds(AtomicU64::new(0));
+
+fn at() -> Moment<'static> {
+    Moment { now: Duration::ZERO, clock: &CLOCK, bytes: 0, before: BEFORE }
 }
 
 fn hello() -> Hello<'static> {
@@ -75,9 +90,10 @@ fn frames(records: &[PageRecord]) -> Vec<Frame<'_>> {
         Frame::Seal(seal()),
         Frame::Ready,
         Frame::Go,
-        Frame::Running,
+        Frame::Running(Running { restore: Duration::ZERO, start: Duration::ZERO }),
         Frame::Query { session: SESSION, claims: Uuid::from_u128(99) },
         Frame::Verdict(Claim::Mine),
+        Frame::Report(b"{}"),
     ]
 }
 
@@ -113,7 +129,8 @@ fn every_frame_is_taken_in_its_states_only() {
 fn the_claim_stands_before_the_guest_runs() {
     let mut bench = Bench::before(Kind::Go);
     assert!(bench.claims.stand.lock().unwrap().is_empty() && !bench.host.world.facts().runs_at_target);
-    assert_eq!(bench.send(Frame::Go).unwrap(), Reply::Last(Frame::Running));
+    let Reply::Last(Frame::Running(part)) = bench.send(Frame::Go).unwrap() else { panic!() };
+    assert!(part.start > part.restore, "{part:?}");
     assert_eq!(bench.claims.stand.lock().unwrap()[&SESSION], Claim::Mine);
     assert!(bench.host.world.facts().runs_at_target);
 }

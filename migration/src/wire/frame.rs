@@ -7,6 +7,7 @@ use super::{FrameError, MAX_BUILD, MAX_MACHINE, MAX_REASON};
 use crate::guest::Claim;
 use crate::region::{MAX_REGION_PAGES, MAX_REGIONS, RamRegion};
 use serde::{Deserialize, Serialize};
+use std::time::Duration;
 use uuid::Uuid;
 use vm_memory::GuestAddress;
 use zerocopy::little_endian::{U16, U32, U64};
@@ -50,7 +51,7 @@ pub enum Frame<'a> {
     /// The guest is the target's.
     Go,
     /// The guest runs at the target.
-    Running,
+    Running(Running),
     /// A question about a session.
     Query {
         /// The session.
@@ -67,6 +68,8 @@ pub enum Frame<'a> {
     },
     /// A sign of life.
     Heartbeat,
+    /// The source's report, in JSON.
+    Report(&'a [u8]),
 }
 
 /// The offer.
@@ -97,6 +100,15 @@ pub struct RoundEnd {
     pub pages: u64,
     /// Those of them that were zero.
     pub zero_pages: u64,
+}
+
+/// What the target spent of the downtime, by its own clock, to the microsecond.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Running {
+    /// From `Seal` until all was compared and restored.
+    pub restore: Duration,
+    /// From `Go` until the claim was recorded and the guest ran.
+    pub start: Duration,
 }
 
 /// The source's account of all it has sent.
@@ -145,9 +157,17 @@ struct WireSeal {
     transcript: U64,
 }
 
+#[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct WireRunning {
+    restore_us: U64,
+    start_us: U64,
+}
+
 pub(super) const HELLO_BYTES: usize = size_of::<WireHello>();
 pub(super) const MAX_REGION_BYTES: usize = MAX_REGIONS * size_of::<WireRegion>();
 pub(super) const ROUND_END_BYTES: usize = size_of::<WireRoundEnd>();
+pub(super) const RUNNING_BYTES: usize = size_of::<WireRunning>();
 pub(super) const MAX_SEAL_BYTES: usize = size_of::<WireSeal>() + MAX_REGIONS * size_of::<U64>();
 
 impl<'a> Frame<'a> {
@@ -164,11 +184,12 @@ impl<'a> Frame<'a> {
             Self::Seal(_) => Kind::Seal,
             Self::Ready => Kind::Ready,
             Self::Go => Kind::Go,
-            Self::Running => Kind::Running,
+            Self::Running(_) => Kind::Running,
             Self::Query { .. } => Kind::Query,
             Self::Verdict(_) => Kind::Verdict,
             Self::Abort { .. } => Kind::Abort,
             Self::Heartbeat => Kind::Heartbeat,
+            Self::Report(_) => Kind::Report,
         }
     }
 
@@ -190,10 +211,14 @@ impl<'a> Frame<'a> {
                 let (pages, zero_pages, round) = ((*pages).into(), (*zero_pages).into(), (*round).into());
                 out.extend(WireRoundEnd { pages, zero_pages, round }.as_bytes());
             }
-            Self::State(state) => out.extend(*state),
+            Self::State(bytes) | Self::Report(bytes) => out.extend(*bytes),
             Self::Seal(Seal { frames, transcript, memory }) => {
                 out.extend(WireSeal { frames: (*frames).into(), transcript: (*transcript).into() }.as_bytes());
                 out.extend(memory.iter().flat_map(|digest| digest.to_le_bytes()));
+            }
+            Self::Running(Running { restore, start }) => {
+                let wire = WireRunning { restore_us: micros(*restore).into(), start_us: micros(*start).into() };
+                out.extend(wire.as_bytes());
             }
             Self::Query { session, claims } => {
                 out.extend(session.as_bytes());
@@ -203,7 +228,7 @@ impl<'a> Frame<'a> {
                 Claim::NotMine => 0,
                 Claim::Mine => 1,
             }),
-            Self::Ready | Self::Go | Self::Running | Self::Heartbeat => {}
+            Self::Ready | Self::Go | Self::Heartbeat => {}
         }
         finish(self.kind(), out);
     }
@@ -229,7 +254,11 @@ impl<'a> Frame<'a> {
             Kind::Seal => Self::Seal(Seal::parse(&mut cursor)?),
             Kind::Ready => Self::Ready,
             Kind::Go => Self::Go,
-            Kind::Running => Self::Running,
+            Kind::Running => {
+                let WireRunning { restore_us, start_us } = cursor.field()?;
+                let (restore, start) = (Duration::from_micros(restore_us.get()), Duration::from_micros(start_us.get()));
+                Self::Running(Running { restore, start })
+            }
             Kind::Query => {
                 Self::Query { session: Uuid::from_bytes(*cursor.field()?), claims: Uuid::from_bytes(*cursor.field()?) }
             }
@@ -240,6 +269,7 @@ impl<'a> Frame<'a> {
             }),
             Kind::Abort => Self::Abort { reason: cursor.text(cursor.left())? },
             Kind::Heartbeat => Self::Heartbeat,
+            Kind::Report => Self::Report(cursor.bytes(cursor.left())?),
         };
         cursor.end()?;
         Ok(frame)
@@ -305,6 +335,10 @@ fn parse_region(cursor: &mut Cursor<'_>) -> Result<RamRegion, FrameError> {
         pages if pages <= MAX_REGION_PAGES => Ok(RamRegion { start: GuestAddress(start.get()), pages }),
         found => Err(FrameError::Length { what: "A region", kind: Kind::Hello, found, max: MAX_REGION_PAGES }),
     }
+}
+
+fn micros(duration: Duration) -> u64 {
+    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
 }
 
 impl Seal {

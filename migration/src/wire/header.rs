@@ -1,6 +1,6 @@
 //! The header in front of every frame, and the kinds of frames with the bounds of their bodies.
 
-use super::{FrameError, MAX_BUILD, MAX_MACHINE, MAX_REASON, MAX_STATE, frame, pages};
+use super::{FrameError, MAX_BUILD, MAX_MACHINE, MAX_REASON, MAX_REPORT, MAX_STATE, frame, pages};
 use std::fmt;
 use zerocopy::little_endian::{U16, U32};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
@@ -71,7 +71,7 @@ kinds! {
     /// The guest is the target's.
     Go = 9, at most 0;
     /// The guest runs at the target.
-    Running = 10, at most 0;
+    Running = 10, at most frame::RUNNING_BYTES;
     /// A question about a session.
     Query = 11, at most 32;
     /// The answer to it.
@@ -80,6 +80,8 @@ kinds! {
     Abort = 13, at most MAX_REASON;
     /// A sign of life.
     Heartbeat = 14, at most 0;
+    /// What the source knows of a migration that is over.
+    Report = 15, at most MAX_REPORT;
 }
 
 impl Kind {

@@ -17,7 +17,8 @@
 //! | `Seal` | → | digest of all frames before it, and of memory on request |
 //! | `Ready` | ← | all restored, nothing runs |
 //! | `Go` | → | the guest is yours |
-//! | `Running` | ← | it runs here |
+//! | `Running` | ← | it runs here, and what that took |
+//! | `Report` | → | what it all took, in JSON; if it is lost, nothing is but the figures |
 //! | `Query` | → | on a new link: whose is the guest of that session? |
 //! | `Verdict` | ← | mine, or not mine and never will be |
 //! | `Abort` | ↔ | I end this, in words |
@@ -33,7 +34,7 @@ mod pages;
 #[cfg(test)]
 mod tests;
 
-pub use frame::{Frame, Hello, Mode, RoundEnd, Seal};
+pub use frame::{Frame, Hello, Mode, RoundEnd, Running, Seal};
 pub use header::{HEADER_BYTES, Header, Kind, VERSION};
 pub use pages::{MAX_PAGES, MAX_RAW_PAGES, MAX_RECORDS, PageCode, PageRecord, Records};
 
@@ -47,6 +48,9 @@ pub const MAX_STATE: usize = 64 << 20;
 
 /// The longest reason of a refusal or abort, in bytes of text.
 pub const MAX_REASON: usize = 4096;
+
+/// The longest report, in bytes of JSON: several thousand rounds.
+pub const MAX_REPORT: usize = 1 << 20;
 
 /// The longest name of an engine's build, in bytes of text.
 pub const MAX_BUILD: usize = 64;

@@ -5,6 +5,7 @@ use super::*;
 use crate::guest::Claim;
 use crate::region::{MAX_REGION_PAGES, MAX_REGIONS, PageIndex, PageRun, RamRegion, RegionId};
 use proptest::prelude::*;
+use std::time::Duration;
 use uuid::Uuid;
 use vm_memory::GuestAddress;
 
@@ -61,12 +62,13 @@ fn all<'a>(records: &'a [PageRecord]) -> Vec<Frame<'a>> {
         Frame::Seal(Seal { frames: 9, transcript: 0x0807_0605_0403_0201, memory: vec![5, 6] }),
         Frame::Ready,
         Frame::Go,
-        Frame::Running,
+        Frame::Running(Running { restore: Duration::from_micros(3), start: Duration::from_micros(0x0201) }),
         Frame::Query { session: Uuid::from_u128(1), claims: Uuid::from_u128(3) },
         Frame::Verdict(Claim::Mine),
         Frame::Verdict(Claim::NotMine),
         Frame::Abort { reason: "cancelled" },
         Frame::Heartbeat,
+        Frame::Report(b"{}"),
     ]
 }
 
@@ -88,12 +90,13 @@ fn golden_bytes() {
         "47574d47 0100 0700 20000000 59ffdaa9 09000000000000000102030405060708 05000000000000000600000000000000",
         "47574d47 0100 0800 00000000 f859bbb1",
         "47574d47 0100 0900 00000000 e1328b5e",
-        "47574d47 0100 0a00 00000000 3bf9376a",
+        "47574d47 0100 0a00 10000000 f7b556e0 03000000000000000102000000000000",
         "47574d47 0100 0b00 20000000 60ccf580 00000000000000000000000000000001 00000000000000000000000000000003",
         "47574d47 0100 0c00 01000000 ccf6e144 01",
         "47574d47 0100 0c00 01000000 cf758ab6 00",
         "47574d47 0100 0d00 09000000 39d20264 63616e63656c6c6564",
         "47574d47 0100 0e00 00000000 4ccec2d8",
+        "47574d47 0100 0f00 02000000 0f28b7f8 7b7d",
     ];
     for (frame, expected) in all(&records()).iter().zip(expected) {
         let found: String = bytes(frame).iter().map(|byte| format!("{byte:02x}")).collect();
@@ -129,7 +132,7 @@ fn every_cut_and_every_flip_is_noticed() {
 /// What is missing or left over is noticed even if the sender meant it.
 #[test]
 fn every_body_of_another_length_is_refused() {
-    let free = [Kind::Refuse, Kind::Abort, Kind::State];
+    let free = [Kind::Refuse, Kind::Abort, Kind::State, Kind::Report];
     for frame in all(&records()).iter().filter(|frame| !free.contains(&frame.kind())) {
         let (kind, whole) = (frame.kind(), bytes(frame));
         for length in 0..whole.len() - HEADER_BYTES {
@@ -231,7 +234,7 @@ proptest! {
 
     #[test]
     fn any_body_is_parsed_without_panic(
-        kind in 0_u16..16,
+        kind in 0_u16..17,
         body in prop::collection::vec(prop_oneof![Just(0_u8), Just(1), any::<u8>()], 0..600),
     ) {
         if body.len() <= Kind::ALL.iter().find(|&&known| known as u16 == kind).map_or(600, |known| known.max_body()) {

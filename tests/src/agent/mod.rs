@@ -4,12 +4,17 @@
 //! orphans. When the server ends, for whatever reason, the machine is switched off, so a broken lab never lingers. The
 //! binary `lab-agent` is nothing but a call of [`main`].
 
+use std::path::Path;
 use std::process::{Command, ExitCode};
 
 use rustix::process::{Pid, WaitOptions};
 use rustix::system::{RebootCommand, reboot};
 
+use crate::lab::root::PACEMAKER;
+
+mod anchor;
 mod boot;
+mod pacemaker;
 mod program;
 mod serve;
 
@@ -40,7 +45,13 @@ pub fn main() -> ExitCode {
 
 /// Brings the machine up, starts the server, and reaps until the server has ended.
 fn init() -> anyhow::Result<()> {
-    let problems = boot::boot()?;
+    let mut problems = boot::boot()?;
+    let anchor = anchor::Anchor::cast();
+    problems.extend(anchor.as_ref().err().map(|error| format!("KVM is not held steady: {error:#}")));
+    let pacemaker = Path::new(PACEMAKER);
+    if pacemaker.exists() {
+        problems.extend(pacemaker::start(pacemaker).err().map(|error| format!("There is no pacemaker: {error:#}")));
+    }
     let server = Command::new("/proc/self/exe").arg("serve").args(problems).spawn()?;
     let server = i32::try_from(server.id()).ok().and_then(Pid::from_raw);
     loop {

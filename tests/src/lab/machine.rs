@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use tempfile::TempDir;
 
-use super::root::ROOT_SERIAL;
+use super::root::{PACEMAKER_SERIAL, ROOT_SERIAL};
 use super::wire::PORT;
 use crate::place::Accelerator;
 
@@ -25,6 +25,9 @@ const LOOK: Duration = Duration::from_millis(50);
 
 /// What the lab's kernel is told. The lab is trusted and short-lived, and its processor is emulated: no mitigations.
 const KERNEL_ARGUMENTS: &str = "console=ttyS0 panic=1 reboot=t quiet mitigations=off net.ifnames=0";
+
+/// Interrupts per second that the pacemaker sends to each processor of an emulated lab.
+const PACE: u32 = 100;
 
 /// What QEMU is started with.
 #[derive(Debug, Clone)]
@@ -159,6 +162,10 @@ fn command(hardware: &Hardware, folder: &Path) -> Result<Command> {
     attach(&mut command, ROOT_SERIAL, &format!("file={root},format=raw,cache=unsafe"));
     for (image, serial) in &hardware.disks {
         attach(&mut command, serial, &format!("file={},format=raw,snapshot=on", option_value(image)?));
+    }
+    if hardware.accelerator == Accelerator::Tcg {
+        let rate = u32::from(hardware.cpus) * PACE;
+        attach(&mut command, PACEMAKER_SERIAL, &format!("driver=null-co,size=1M,throttling.iops-total={rate}"));
     }
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(complaints);
     Ok(command)

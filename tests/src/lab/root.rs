@@ -19,6 +19,10 @@ pub(crate) const MODULES: &str = "/modules";
 /// Serial number of the root disk.
 pub(crate) const ROOT_SERIAL: &str = "lab-root";
 
+/// Serial number of the disk that sets the pace of an emulated lab, and where the lab sees it.
+pub(crate) const PACEMAKER_SERIAL: &str = "lab-pacemaker";
+pub(crate) const PACEMAKER: &str = "/dev/lab-pacemaker";
+
 /// Lists the further disks: per line a serial number and the path that the lab wants it at.
 pub(crate) const DISKS_FILE: &str = "/etc/lab-disks";
 

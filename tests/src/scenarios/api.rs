@@ -8,6 +8,7 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
+use control::Phase;
 use serde_json::Value;
 
 use crate::console::{Console, Line};
@@ -89,7 +90,10 @@ impl<'a> Curl<'a> {
 fn start(context: &Context, name: &str, more: &[&str]) -> Result<Godwit> {
     let kernel = context.images.join("micro.elf").display().to_string();
     let machine = ["--kernel", &kernel, "--cmdline=ws=16M rate=1000 tick=10", "--memory=64M"];
-    Godwit::run(context, name, &[&machine, more].concat())
+    let godwit = Godwit::run(context, name, &[&machine, more].concat())?;
+    // The socket is there before the guest runs.
+    godwit.await_phase(Phase::Running)?;
+    Ok(godwit)
 }
 
 fn routes(context: &Context) -> Result<()> {
@@ -107,7 +111,9 @@ fn routes(context: &Context) -> Result<()> {
     pause_and_resume(&mut curl, &mut console)?;
     devices(&mut curl)?;
     no_migration(&mut curl)?;
-    metrics(&curl.expect("GET", "/metrics", None, 200)?)?;
+    let text = curl.expect("GET", "/metrics", None, 200)?;
+    metrics(&text)?;
+    ensure!(text.contains("\ngodwit_disk_written_bytes_total{disk=\"data\"} 0\n"), "{text}");
     curl.order("/v1/vm/power-button")?;
     reset(&mut curl, &mut console)?;
     pulse(&mut curl, &mut console)?;
@@ -156,6 +162,7 @@ fn devices(curl: &mut Curl<'_>) -> Result<()> {
     ensure!(balloon["target_bytes"] == 1 << 20, "{balloon}");
     let disks = curl.json("/v1/disks")?;
     ensure!(disks["disks"][0]["id"] == "data" && disks["disks"][0]["bytes"] == 1 << 20, "{disks}");
+    ensure!(disks["disks"][0]["counters"]["reads"] == 0 && disks["disks"][0]["counters"]["errors"] == 0, "{disks}");
     let nics = curl.json("/v1/nics")?;
     ensure!(nics["nics"] == Value::Array(Vec::new()), "{nics}");
     Ok(())
@@ -176,6 +183,7 @@ fn no_migration(curl: &mut Curl<'_>) -> Result<()> {
         if last["migration"]["state"] == "failed" {
             let error = last["migration"]["error"].as_str().unwrap_or_default();
             ensure!(error.contains("No Godwit can be reached at unix:/nonexistent/in.sock"), "{error}");
+            ensure!(last["migration"]["total_ms"].as_f64() > Some(0.0), "It took no time to fail: {last}");
             return Ok(());
         }
         sleep(Duration::from_millis(5));

@@ -70,8 +70,10 @@ impl Source {
         let api = self.godwit.folder().join("api.sock").display().to_string();
         for mode in ["live", "stop"] {
             println!("godwit migrate --mode {mode} --to {address}");
-            let (ended, _) = call(context, &["migrate", "--api", &api, "--mode", mode, "--to", address])?;
-            println!("{}", ended.words.trim_end());
+            let (ended, told) = call(context, &["migrate", "--api", &api, "--mode", mode, "--to", address])?;
+            println!("{}{}", told, ended.words.trim_end());
+            ensure!(told.starts_with(&format!("{mode} migration failed after ")), "{told}");
+            ensure!(!told.contains(", 0.000 ms"), "It took no time to fail: {told}");
             parts.iter().try_for_each(|part| ended.expect(1, part))?;
             ensure!(self.godwit.vm()?.phase == Phase::Running, "The guest does not run after a failed migration");
             self.console.pending();
@@ -161,7 +163,10 @@ fn without_memory(context: &Context, source: &mut Source) -> Result<()> {
     fs::set_permissions(&wrapper, Permissions::from_mode(0o755))?;
     let small = Context { godwit: wrapper, ..context.clone() };
     let target = Godwit::receive(&small, "small", &[])?;
-    let parts = ["The target refused the guest", "The host has 64 MiB of memory, the machine asks for 96 MiB"];
+    let parts = [
+        "The target refused the guest",
+        "The host has 64 MiB of memory, the machine asks for 96 MiB: give the machine less",
+    ];
     source.cannot_go(context, &target.address().to_string(), &parts)?;
     still_waits(target)
 }

@@ -2,13 +2,13 @@
 
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
-use control::{MigrationMode, Phase};
+use anyhow::{Context as _, Result, ensure};
+use control::{MigrationMode, MigrationRole, MigrationStatus, MigrationStep, Phase};
 use guest_images::micro::Line;
 use verifier::net::Client;
 
 use crate::bridge::Bridge;
-use crate::godwit::Godwit;
+use crate::godwit::{Godwit, call};
 use crate::scenario::{Context, Needs, Scenario};
 use crate::traveller::Traveller;
 
@@ -20,7 +20,7 @@ const BOTH: [MigrationMode; 2] = [MigrationMode::Live, MigrationMode::Stop];
 /// See its `about`.
 pub(super) const MICRO: Scenario = Scenario {
     name: "migrate-micro",
-    about: "The micro guest is moved 20 times, live and stopped, with each dirty tracker, and no page is wrong",
+    about: "The micro guest is moved 21 times, live and stopped, with each dirty tracker; no page is wrong, both ends tell the same",
     needs: Needs::Kvm,
     timeout: Duration::from_secs(120),
     run: |context| micro(context, 20),
@@ -77,7 +77,36 @@ fn micro(context: &Context, moves: usize) -> Result<()> {
         println!("move {stop}: {:?}, {} rounds, downtime {:?}", status.mode, status.rounds.len(), status.downtime_ms);
         (godwit, console) = (target, next);
     }
-    verify_micro(godwit, console)
+    let target = told_alike(context, godwit)?;
+    let console = target.console()?;
+    verify_micro(target, console)
+}
+
+/// Moves the guest by the command line, and compares what both ends tell of it.
+fn told_alike(context: &Context, source: Godwit) -> Result<Godwit> {
+    let target = Godwit::receive(context, "last", &[])?;
+    let (api, to) = (source.folder().join("api.sock").display().to_string(), target.address().to_string());
+    let (ended, told) = call(context, &["migrate", "--json", "--verify", "--api", &api, "--to", &to])?;
+    ended.expect(0, "")?;
+    print!("{told}");
+    source.finish(Duration::from_secs(30))?.expect(0, "The guest has moved to")?;
+    target.await_phase(Phase::Running)?;
+    let there: MigrationStatus = serde_json::from_str(&told)?;
+    let here = target.migration()?.context("The target has no account of the migration")?;
+    let alike = MigrationStatus { role: MigrationRole::Source, peer: there.peer.clone(), ..here.clone() };
+    ensure!(here.role == MigrationRole::Target && alike == there, "The source tells {there:?}, the target {here:?}");
+    let (downtime, part) = there.downtime_ms.zip(there.target_part).context("The downtime is not told")?;
+    ensure!(part.restore_ms < downtime && part.start_ms < downtime && downtime < there.total_ms, "{there:?}");
+    let steps: Vec<_> = there.steps.iter().map(|step| step.step).collect();
+    use MigrationStep::{HandOver, LastPages, Negotiating, Pausing, Precopy, Restoring};
+    ensure!(steps == [Negotiating, Precopy, Pausing, LastPages, Restoring, HandOver], "{steps:?}");
+    ensure!(there.verified == Some(true) && there.switched.is_some(), "{there:?}");
+    let api = target.folder().join("api.sock").display().to_string();
+    let (_, people) = call(context, &["status", "--api", &api])?;
+    print!("{people}");
+    let words = [format!("downtime   {downtime}"), format!("{} to restore", part.restore_ms), "verified".to_owned()];
+    ensure!(words.iter().all(|word| people.contains(word)), "{people}");
+    Ok(target)
 }
 
 /// Lets the micro guest look at every page, and power off.
@@ -95,6 +124,7 @@ fn two_regions(context: &Context) -> Result<()> {
     let kernel = context.images.join("micro.elf").display().to_string();
     let machine = ["--kernel", &kernel, "--cmdline", "ws=16M rate=5000 tick=20", "--memory=5G"];
     let mut godwit = Godwit::run(context, "stop0", &machine)?;
+    godwit.await_phase(Phase::Running)?;
     for (stop, mode) in [(1, MigrationMode::Live), (2, MigrationMode::Stop)] {
         let target = Godwit::receive(context, &format!("stop{stop}"), &[])?;
         godwit.migrate(&target, mode, Duration::from_secs(30))?;

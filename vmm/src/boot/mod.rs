@@ -92,7 +92,7 @@ pub enum BootError {
         found: &'static str,
     },
     /// The kernel is for another processor.
-    #[error("The kernel {} is for {found}; this machine is x86-64", path.display())]
+    #[error("The kernel {} is for {found}; this machine is x86-64: give a kernel that was built for it", path.display())]
     Architecture {
         /// The file.
         path: PathBuf,

@@ -111,7 +111,7 @@ fn run(boot: &Boot) -> (u16, u8) {
     let _slots = Slots::new(vm.clone(), memory.clone()).unwrap();
     let entry = load_into(&memory, boot).unwrap();
     let mut vcpu = vm.create_vcpu(0).unwrap();
-    vcpu.set_cpuid2(&host.supported_cpuid().unwrap()).unwrap();
+    vcpu.set_cpuid2(host.supported_cpuid().unwrap()).unwrap();
     set_firmware_state(&vcpu).unwrap();
     set_registers(&vcpu, &entry).unwrap();
     match vcpu.run().unwrap() {

@@ -60,7 +60,8 @@ pub enum ConfigError {
         page: u64,
     },
     /// The host has less memory.
-    #[error("The host has {} MiB of memory, the machine asks for {} MiB", host >> 20, bytes >> 20)]
+    #[error("The host has {} MiB of memory, the machine asks for {} MiB: give the machine less, or use a host with more",
+        host >> 20, bytes >> 20)]
     MemoryBeyondHost {
         /// How much was asked for.
         bytes: u64,

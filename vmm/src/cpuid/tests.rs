@@ -221,9 +221,9 @@ fn the_host_takes_what_is_made_of_its_leaves() {
     let vm = host.create_vm().unwrap();
     let cpus = Cpus { count: 4, topology: Some(Topology { sockets: 1, cores: 2, threads: 2 }) };
     for id in 0..4 {
-        let table = for_vcpu(&supported, &cpus, id).unwrap();
+        let table = for_vcpu(supported, &cpus, id).unwrap();
         vm.create_vcpu(id.into()).unwrap().set_cpuid2(&table).unwrap();
         let source: Vec<_> = table.as_slice().iter().map(CpuidEntryV1::from).collect();
-        check_compatible(&source, &supported).unwrap();
+        check_compatible(&source, supported).unwrap();
     }
 }

@@ -58,7 +58,7 @@ impl Guest {
         let (name, tracker) = make(slots);
         let vcpu = vm.create_vcpu(0).unwrap();
         tracker.attach(&vcpu).unwrap();
-        vcpu.set_cpuid2(&host.supported_cpuid().unwrap()).unwrap();
+        vcpu.set_cpuid2(host.supported_cpuid().unwrap()).unwrap();
         memory.ram().write_slice(&CODE, GuestAddress(CODE_AT)).unwrap();
         let mut guest = Self { name, vcpu, tracker, memory, delay: 1, full: 0 };
         guest.enter_long_mode();

@@ -66,24 +66,19 @@ struct Fitter<'a> {
 }
 
 impl Fittings {
-    /// Builds the devices of `config` on `resources`, wires them, and gives them with the buses they are on. Devices
-    /// from saved state stand still.
+    /// Builds the devices of `config` on `resources`, wires them, and gives them with the buses they are on. The light
+    /// ones work on `shared_worker`. Devices from saved state stand still.
     pub(crate) fn build(
         chassis: &Chassis,
         config: &MachineConfig,
         resources: Resources,
         origin: Origin<'_>,
+        shared_worker: Worker,
         line: &SerialLine,
         ends: &Arc<Ends>,
     ) -> Result<(Self, Buses), MachineError> {
-        let mut fitter = Fitter {
-            chassis,
-            origin,
-            buses: Buses::default(),
-            all: Vec::new(),
-            windows: 0,
-            shared_worker: Worker::spawn("devices", seccomp::enter_worker)?,
-        };
+        let mut fitter =
+            Fitter { chassis, origin, buses: Buses::default(), all: Vec::new(), windows: 0, shared_worker };
         let Resources { disks, taps } = resources;
         let disks = config
             .disks

@@ -6,9 +6,11 @@
 use crate::config::{SERIAL_ID, Serial};
 use crate::seccomp;
 use devices::Worker;
-use devices::serial::{Console, ConsoleError, ConsoleLink, SerialError, SerialParts, SerialPort};
+use devices::serial::{
+    Console, ConsoleError, ConsoleInput, ConsoleLink, SerialError, SerialInput, SerialParts, SerialPort,
+};
 use devices::worker::WorkerError;
-use std::io;
+use std::io::{self, Write};
 use std::sync::Arc;
 use thiserror::Error;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -30,13 +32,18 @@ pub enum LineError {
     Event(#[source] io::Error),
 }
 
-/// A serial port with a console.
+/// A serial port whose output goes to a console.
 #[derive(Debug)]
 pub struct SerialLine {
-    // Dropped first: the pump feeds the port.
-    _link: Option<ConsoleLink>,
     port: Arc<SerialPort>,
     irq: EventFd,
+}
+
+/// The other direction: a console's input.
+#[derive(Debug)]
+pub struct LineInput {
+    port: SerialInput,
+    from: Option<ConsoleInput>,
 }
 
 impl SerialLine {
@@ -44,7 +51,7 @@ impl SerialLine {
     ///
     /// # Errors
     /// [`LineError`], which says what to do.
-    pub fn open(serial: &Serial, quit: Box<dyn FnMut() + Send>) -> Result<Self, LineError> {
+    pub fn open(serial: &Serial, quit: Box<dyn FnMut() + Send>) -> Result<(Self, LineInput), LineError> {
         let console = match serial {
             Serial::Off => None,
             Serial::Terminal => Some(Console::terminal(quit)?),
@@ -56,16 +63,13 @@ impl SerialLine {
         let parts = |sink| -> Result<_, LineError> {
             Ok(SerialParts { id, irq: irq.try_clone().map_err(LineError::Event)?, sink })
         };
-        let (port, link) = match console {
-            None => (SerialPort::new(parts(Box::new(io::sink()))?)?, None),
-            Some(console) => {
-                let (sink, input) = console.split();
-                let port = SerialPort::new(parts(sink)?)?;
-                let link = input.connect(port.input(), &Worker::spawn("console", seccomp::enter_console)?)?;
-                (port, Some(link))
-            }
+        let (sink, from) = match console.map(Console::split) {
+            None => (Box::new(io::sink()) as Box<dyn Write + Send>, None),
+            Some((sink, input)) => (sink, Some(input)),
         };
-        Ok(Self { _link: link, port: Arc::new(port), irq })
+        let port = SerialPort::new(parts(sink)?)?;
+        let input = LineInput { port: port.input(), from };
+        Ok((Self { port: Arc::new(port), irq }, input))
     }
 
     pub(crate) fn port(&self) -> &Arc<SerialPort> {
@@ -74,5 +78,17 @@ impl SerialLine {
 
     pub(crate) fn irq(&self) -> &EventFd {
         &self.irq
+    }
+}
+
+impl LineInput {
+    /// Feeds the port, on a thread of its own, until the link is dropped. A guest need not wait for that.
+    ///
+    /// # Errors
+    /// [`LineError::Console`] or [`LineError::Worker`].
+    pub fn connect(self) -> Result<Option<ConsoleLink>, LineError> {
+        let Self { port, from } = self;
+        let Some(input) = from else { return Ok(None) };
+        Ok(Some(input.connect(port, &Worker::spawn("console", seccomp::enter_console)?)?))
     }
 }

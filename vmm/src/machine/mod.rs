@@ -17,7 +17,7 @@ mod resources;
 
 pub use ends::EndListener;
 pub use error::MachineError;
-pub use line::{LineError, SerialLine};
+pub use line::{LineError, LineInput, SerialLine};
 pub use resources::{DiskLocks, ResourceError, Resources};
 
 use crate::acpi;
@@ -26,14 +26,15 @@ use crate::config::MachineConfig;
 use crate::cpuid;
 use crate::kvm::KvmHost;
 use crate::memory::GuestMemory;
+use crate::seccomp;
 use crate::state::{self, CpuidEntryV1};
-use crate::vcpu::{GuestEnd, VcpuEvents, Vcpus};
+use crate::vcpu::{Crew, GuestEnd, VcpuEvents, Vcpus};
 use chassis::Chassis;
-use devices::Device;
 use devices::virtio::balloon::Balloon;
 use devices::virtio::blk::Blk;
 use devices::virtio::mmio::Mmio;
 use devices::virtio::net::Net;
+use devices::{Device, Worker};
 use ends::Ends;
 use fittings::{Fittings, Origin};
 use kvm_ioctls::VcpuFd;
@@ -49,6 +50,7 @@ const STAND_WITHIN: Duration = Duration::from_secs(5);
 #[derive(Debug)]
 pub struct EmptyMachine {
     config: MachineConfig,
+    threads: Threads,
     vcpus: Vec<VcpuFd>,
     chassis: Chassis,
     resources: Resources,
@@ -80,9 +82,10 @@ impl EmptyMachine {
         line: Arc<SerialLine>,
         listener: EndListener,
     ) -> Result<Self, MachineError> {
+        let threads = Threads::start(&config)?;
         let (chassis, vcpus) = Chassis::build(host, &config, memory)?;
         let ends = Arc::new(Ends::new(listener, Arc::clone(&chassis.tracker)));
-        Ok(Self { config, vcpus, chassis, resources, line, ends })
+        Ok(Self { config, threads, vcpus, chassis, resources, line, ends })
     }
 
     /// The machine's memory, to be filled.
@@ -102,7 +105,7 @@ impl EmptyMachine {
         let supported = host.supported_cpuid()?;
         let mut boot_cpuid = Vec::new();
         for (id, vcpu) in (0..).zip(&self.vcpus) {
-            let table = cpuid::for_vcpu(&supported, &self.config.cpus, id)?;
+            let table = cpuid::for_vcpu(supported, &self.config.cpus, id)?;
             if id == 0 {
                 boot_cpuid = table.as_slice().iter().map(CpuidEntryV1::from).collect();
             }
@@ -130,16 +133,31 @@ impl EmptyMachine {
     }
 
     fn assemble(self, origin: Origin<'_>, cpuid: Vec<CpuidEntryV1>) -> Result<Machine, MachineError> {
-        let Self { config, vcpus, chassis, resources, line, ends } = self;
+        let Self { config, threads, vcpus, chassis, resources, line, ends } = self;
+        let Threads { crew, devices } = threads;
         let starts = matches!(origin, Origin::PowerOn);
-        let (fittings, buses) = Fittings::build(&chassis, &config, resources, origin, &line, &ends)?;
-        let vcpus = Vcpus::spawn(vcpus, &Arc::new(buses), &(Arc::clone(&ends) as Arc<dyn VcpuEvents>))?;
+        let (fittings, buses) = Fittings::build(&chassis, &config, resources, origin, devices, &line, &ends)?;
+        let vcpus = Vcpus::seat(crew, vcpus, &Arc::new(buses), &(Arc::clone(&ends) as Arc<dyn VcpuEvents>))?;
         let machine = Machine { vcpus, fittings, line, chassis, ends, config, cpuid, stance: Stance::Standing };
         if starts {
             // Devices from saved state stand already; these are made to, so that both kinds are led alike from here.
             machine.quiesce_devices()?;
         }
         Ok(machine)
+    }
+}
+
+/// The threads that every machine has. Started before the VM is made: they get ready meanwhile.
+#[derive(Debug)]
+struct Threads {
+    crew: Crew,
+    devices: Worker,
+}
+
+impl Threads {
+    fn start(config: &MachineConfig) -> Result<Self, MachineError> {
+        let crew = Crew::start(config.cpus.count)?;
+        Ok(Self { crew, devices: Worker::spawn("devices", seccomp::enter_worker)? })
     }
 }
 

@@ -7,7 +7,7 @@ use crate::kvm::KvmHost;
 use crate::machine::{DiskLocks, EmptyMachine, EndListener, Machine, MachineError, Resources, SerialLine};
 use crate::memory::MemoryError;
 use crate::state::CpuidEntryV1;
-use migration::{GuestPages, Mode, Offer, PageRun, RamRegion, Refusal, TargetHost, in_words};
+use migration::{GuestPages, Offer, PageRun, RamRegion, Refusal, TargetHost, in_words};
 use saved::{SavedError, SavedState};
 use std::fmt;
 use std::sync::Arc;
@@ -55,7 +55,7 @@ enum Stage {
 }
 
 /// Hears of each machine that is let in, before its memory comes.
-pub type LetIn = Box<dyn FnMut(&MachineConfig, Mode) + Send>;
+pub type LetIn = Box<dyn FnMut(&MachineConfig, &Offer<'_>) + Send>;
 
 /// This host, as it waits for one machine.
 pub struct Arriving {
@@ -102,9 +102,9 @@ impl Arriving {
         config.validate()?;
         config.validate_for(HostLimits::of(&self.host.capabilities())?)?;
         let supported = self.host.supported_cpuid().map_err(MachineError::from)?;
-        cpuid::check_compatible(&cpuid, &supported).map_err(Unsuited::Cpu)?;
+        cpuid::check_compatible(&cpuid, supported).map_err(Unsuited::Cpu)?;
         let resources = Resources::open(&config, DiskLocks::Leave).map_err(MachineError::from)?;
-        (self.prepared)(&config, offer.mode);
+        (self.prepared)(&config, offer);
         let bytes = config.memory.bytes;
         let machine =
             EmptyMachine::new(&self.host, config, resources, Arc::clone(&self.line), Arc::clone(&self.listener))?;

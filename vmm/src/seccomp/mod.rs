@@ -3,6 +3,7 @@
 //! The service switches this on before it starts anything; each thread then calls [`enter`] as the first thing it does.
 //! A guest that breaks out into a thread finds no way to run a program, to trace another process or to load code. The
 //! lists are in [`calls`](self), and the handler that names a forbidden call is in `trap`.
+//! One thread goes without: `cpuid` asks KVM one question at the start, and is gone before the guest runs.
 //!
 //! | kind | may, beside what the Rust and C libraries need | why |
 //! | --- | --- | --- |

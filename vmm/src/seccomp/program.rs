@@ -73,11 +73,15 @@ impl Answers {
         let upper = segments.split_off(segments.len() / 2);
         let bound = upper[0].from;
         let (lower, upper) = (self.tree(segments), self.tree(upper));
+        let reaches_upper = statement(BPF_JMP | BPF_JGE | BPF_K, bound);
         // A conditional jump reaches 255 instructions; the one behind it any number.
-        let mut program = vec![
-            sock_filter { jt: 0, jf: 1, ..statement(BPF_JMP | BPF_JGE | BPF_K, bound) },
-            statement(BPF_JMP | BPF_JA, u32::try_from(lower.len()).unwrap_or(u32::MAX)),
-        ];
+        let mut program = match u8::try_from(lower.len()) {
+            Ok(over) => vec![sock_filter { jt: over, ..reaches_upper }],
+            Err(_) => vec![
+                sock_filter { jf: 1, ..reaches_upper },
+                statement(BPF_JMP | BPF_JA, u32::try_from(lower.len()).unwrap_or(u32::MAX)),
+            ],
+        };
         program.extend(lower);
         program.extend(upper);
         program

@@ -3,14 +3,16 @@
 //! The service and the migration threads write it; API threads read it. One lock, held for moments, never together with
 //! another.
 
-use crate::config::{DirtyTracking, MachineConfig, Vhost};
+use crate::config::{DirtyTracking, MachineConfig};
 use crate::machine::Machine;
 use control::{
-    API_VERSION, BalloonInfo, DirtyTrackerKind, DiskInfo, DiskList, Events, Happening, LastMigration, MetricKind,
-    MetricName, Metrics, MigrationStatus, NicBackend, NicInfo, NicList, Phase, Value, VmInfo,
+    API_VERSION, BalloonInfo, DirtyTrackerKind, DiskCounters, DiskInfo, DiskList, Events, Happening, LastMigration,
+    MigrationStatus, NicBackend, NicCounters, NicInfo, NicList, Phase, VmInfo,
 };
 use devices::virtio::balloon::Balloon;
+use devices::virtio::blk::{BlkCounters, BlkCounts};
 use devices::virtio::mmio::Mmio;
+use devices::virtio::net::{NetCounters, NetCounts};
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
@@ -21,15 +23,31 @@ use uuid::Uuid;
 struct Notes {
     phase: Phase,
     machine: Option<MachineNotes>,
-    migration: Option<MigrationStatus>,
+    migration: Option<MoveNotes>,
 }
 
 /// What is posted of a machine.
 #[derive(Debug)]
 struct MachineNotes {
     config: MachineConfig,
-    disk_bytes: Vec<u64>,
+    disks: Vec<DiskNotes>,
+    /// The counters of each NIC; `None` where vhost-net moves its frames.
+    nics: Vec<Option<Arc<NetCounters>>>,
     balloon: Option<Arc<Mmio<Balloon>>>,
+}
+
+/// What is posted of a disk.
+#[derive(Debug)]
+struct DiskNotes {
+    bytes: u64,
+    counters: Arc<BlkCounters>,
+}
+
+/// What is posted of a migration.
+#[derive(Debug)]
+struct MoveNotes {
+    status: MigrationStatus,
+    begun: Instant,
 }
 
 /// The notice board. Clones are the same board.
@@ -65,8 +83,15 @@ impl Board {
 
     /// Posts the machine that is here now.
     pub(crate) fn post_machine(&self, machine: &Machine) {
-        let disk_bytes = machine.disks().iter().map(|disk| disk.with(|disk, _| disk.backend().capacity())).collect();
-        let notes = MachineNotes { config: machine.config().clone(), disk_bytes, balloon: machine.balloon().cloned() };
+        let disks = machine.disks().iter().map(|disk| {
+            disk.with(|disk, _| DiskNotes { bytes: disk.backend().capacity(), counters: Arc::clone(disk.counters()) })
+        });
+        let notes = MachineNotes {
+            config: machine.config().clone(),
+            disks: disks.collect(),
+            nics: machine.nics().iter().map(|nic| nic.with(|nic, _| nic.counters().cloned())).collect(),
+            balloon: machine.balloon().cloned(),
+        };
         self.notes().machine = Some(notes);
     }
 
@@ -78,31 +103,27 @@ impl Board {
             peer: status.peer.clone(),
             mode: status.mode,
         };
-        self.notes().migration = Some(status);
+        self.notes().migration = Some(MoveNotes { status, begun: Instant::now() });
         self.events.publish(begun);
     }
 
-    /// Changes what is posted of the migration.
+    /// Changes what is posted of the migration, and how long it has taken.
     pub(crate) fn note_migration(&self, note: impl FnOnce(&mut MigrationStatus)) {
-        if let Some(status) = &mut self.notes().migration {
+        if let Some(MoveNotes { status, begun }) = &mut self.notes().migration {
+            status.total_ms = begun.elapsed().into();
             note(status);
         }
     }
 
     /// Says that the migration is over, as it is posted.
     pub(crate) fn end_migration(&self) {
-        let Some(status) = self.migration() else { return };
-        self.events.publish(Happening::MigrationEnded {
-            job: status.job,
-            state: status.state,
-            downtime_ms: status.downtime_ms,
-            total_ms: status.total_ms,
-            error: status.error,
-        });
+        if let Some(migration) = self.migration() {
+            self.events.publish(Happening::MigrationEnded { migration: Box::new(migration) });
+        }
     }
 
     pub(crate) fn migration(&self) -> Option<MigrationStatus> {
-        self.notes().migration.clone()
+        self.notes().migration.as_ref().map(|migration| migration.status.clone())
     }
 
     pub(crate) fn events(&self) -> &Events {
@@ -141,12 +162,12 @@ impl Board {
     pub(crate) fn disks(&self) -> DiskList {
         let notes = self.notes();
         let disks = notes.machine.iter().flat_map(|machine| {
-            machine.config.disks.iter().zip(&machine.disk_bytes).map(|(disk, bytes)| DiskInfo {
+            machine.config.disks.iter().zip(&machine.disks).map(|(disk, DiskNotes { bytes, counters })| DiskInfo {
                 id: disk.id.clone(),
                 path: disk.path.display().to_string(),
                 bytes: *bytes,
                 read_only: disk.read_only,
-                counters: None,
+                counters: disk_counters(counters.now()),
             })
         });
         DiskList { disks: disks.collect() }
@@ -155,15 +176,12 @@ impl Board {
     pub(crate) fn nics(&self) -> NicList {
         let notes = self.notes();
         let nics = notes.machine.iter().flat_map(|machine| {
-            machine.config.nics.iter().map(|nic| NicInfo {
+            machine.config.nics.iter().zip(&machine.nics).map(|(nic, counters)| NicInfo {
                 id: nic.id.clone(),
                 tap: nic.tap.name().to_owned(),
                 mac: nic.mac.to_string(),
-                backend: match nic.vhost {
-                    Vhost::On => NicBackend::VhostNet,
-                    Vhost::Auto | Vhost::Off => NicBackend::Tap,
-                },
-                counters: None,
+                backend: if counters.is_some() { NicBackend::Tap } else { NicBackend::VhostNet },
+                counters: counters.as_ref().map(|counters| nic_counters(counters.now())),
             })
         });
         NicList { nics: nics.collect() }
@@ -184,27 +202,15 @@ impl Board {
             }
         }))
     }
+}
 
-    pub(crate) fn metrics(&self) -> Metrics {
-        let vm = self.vm();
-        let mut metrics = Metrics::default();
-        let mut gauge = |name, help, value: u64| {
-            metrics.push(MetricName::new(name), MetricKind::Gauge, help, Value::Integer(value));
-        };
-        gauge("godwit_vcpus", "Number of vCPUs", vm.vcpus.into());
-        gauge("godwit_memory_bytes", "Guest memory", vm.memory_bytes);
-        gauge("godwit_running", "1 while the guest runs", u64::from(matches!(vm.phase, Phase::Running)));
-        gauge("godwit_migrating", "1 while a migration is under way", u64::from(vm.phase == Phase::Migrating));
-        if let Some(balloon) = self.balloon() {
-            gauge("godwit_balloon_target_bytes", "Memory that the balloon is asked to hold", balloon.target_bytes);
-            gauge("godwit_balloon_actual_bytes", "Memory that the balloon holds", balloon.actual_bytes);
-        }
-        if let Some(migration) = self.migration() {
-            let rounds = migration.rounds.len() as u64;
-            gauge("godwit_migration_rounds", "Rounds of the last migration", rounds);
-            gauge("godwit_migration_sent_bytes", "Bytes sent by the last migration", migration.progress.bytes_sent);
-            gauge("godwit_migration_remaining_bytes", "Bytes left to send", migration.progress.remaining_bytes);
-        }
-        metrics
-    }
+fn disk_counters(counts: BlkCounts) -> DiskCounters {
+    let BlkCounts { reads, read_bytes, writes, written_bytes, flushes, errors } = counts;
+    DiskCounters { reads, read_bytes, writes, written_bytes, flushes, errors }
+}
+
+fn nic_counters(counts: NetCounts) -> NicCounters {
+    let NetCounts { received_frames, received_bytes, sent_frames, sent_bytes, dropped_frames } = counts;
+    let (received_packets, sent_packets, dropped_packets) = (received_frames, sent_frames, dropped_frames);
+    NicCounters { received_packets, received_bytes, sent_packets, sent_bytes, dropped_packets }
 }

@@ -1,7 +1,7 @@
 //! The control API's way to the service: what the board answers, the board answers; the rest waits for the loop.
 
-use super::Message;
 use super::board::Board;
+use super::{Message, metrics};
 use control::{ApiError, Handler, Metrics, Phase, Reply, Request};
 use std::sync::mpsc::{Sender, sync_channel};
 
@@ -39,6 +39,6 @@ impl Handler for Desk {
     }
 
     fn metrics(&self) -> Metrics {
-        self.board.metrics()
+        metrics::of(&self.board)
     }
 }

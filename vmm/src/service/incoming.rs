@@ -19,7 +19,6 @@ use migration::{
     Arrival, Fault, GuestPages, HostClock, Mode, Observer, Offer, PageRun, Progress, RamRegion, Reception, Refusal,
     TargetHost, Unobserved, in_words, target,
 };
-use std::path::Path;
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -64,13 +63,15 @@ impl Incoming {
     /// Listens at `address`; a machine that arrives comes as [`Message::Arrived`].
     pub(crate) fn start(
         address: &PeerAddress,
-        state_dir: &Path,
+        claims: ClaimRecord,
         host: Host,
         board: Board,
         inbox: Sender<Message>,
     ) -> Result<Self, AddressUseError> {
         let desk = Arc::new(Desk { listener: Listener::bind(address)?, link: Mutex::new(None) });
-        let claims = Arc::new(ClaimRecord::new(state_dir));
+        // Not before a source can connect, and not after one has.
+        board.enter(Phase::Receiving);
+        let claims = Arc::new(claims);
         let porter = Porter { desk: Arc::clone(&desk), claims, host, board, inbox, guest_is_here: false };
         let thread = std::thread::Builder::new()
             .name("migrate-target".to_owned())
@@ -151,9 +152,9 @@ impl Porter {
         let offered = {
             let (board, claims) = (self.board.clone(), Arc::clone(&self.claims));
             let peer = self.desk.listener.address();
-            Box::new(move |config: &MachineConfig, mode| {
+            Box::new(move |config: &MachineConfig, offer: &Offer<'_>| {
                 claims.expect(config.uuid);
-                board.begin_migration(status(JobId::random(), peer.clone(), mode));
+                board.begin_migration(status(JobId(offer.session), peer.clone(), offer.mode));
                 board.enter(Phase::Incoming);
             })
         };

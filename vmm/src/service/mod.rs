@@ -10,38 +10,39 @@
 
 mod board;
 mod desk;
+mod ends;
 mod incoming;
+mod metrics;
+mod moves;
 mod outgoing;
+mod requests;
 mod watcher;
+
+pub use ends::{Ended, ServiceError};
 
 use crate::config::{HostLimits, HostResources, MachineConfig, Serial};
 use crate::kvm::KvmHost;
-use crate::machine::{DiskLocks, EmptyMachine, EndListener, Machine, MachineError, Resources, SerialLine};
-use crate::migrate::address::AddressUseError;
+use crate::machine::{DiskLocks, EmptyMachine, EndListener, LineInput, Machine, MachineError, Resources, SerialLine};
+use crate::migrate::claims::ClaimRecord;
 use crate::migrate::leaving::Leaving;
-use crate::migrate::ownership::{Owner, Ownership, OwnershipError};
-use crate::seccomp::{self, Seccomp, SeccompError, ThreadKind};
+use crate::migrate::ownership::{Owner, Ownership};
+use crate::seccomp::{self, Seccomp, ThreadKind};
 use crate::vcpu::GuestEnd;
 use board::Board;
 use control::{
-    ApiError, ControlSocket, EndReason, Events, Happening, JobId, JobStarted, MigrationRole, MigrationState,
-    MigrationStep, PeerAddress, Phase, Pulsed, Reply, Request, Server, ServerOptions, StartMigration, TestRequests,
-    admit,
+    ApiError, ControlSocket, Events, Happening, PeerAddress, Phase, Reply, Request, Server, ServerOptions,
+    TestRequests, random_uuid,
 };
 use desk::Desk;
+use devices::serial::ConsoleLink;
 use incoming::{Host, Incoming};
-use migration::wire::FrameError;
-use migration::{Failed, HostClock, InDoubt, Outcome, SourceError, in_words};
-use outgoing::{Departure, Outgoing, ask_target};
+use migration::{InDoubt, in_words};
+use outgoing::{Departure, Outgoing};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, channel};
-use std::time::{Duration, Instant};
-use thiserror::Error;
-use watcher::{begun, post_failure, post_report};
-
-/// How often a target is asked whose the guest is.
-const ASK_EVERY: Duration = Duration::from_secs(2);
+use std::thread;
+use std::time::Instant;
 
 /// What the loop is told.
 #[derive(Debug)]
@@ -73,58 +74,6 @@ pub struct Settings {
     pub test_requests: bool,
     /// Whether threads are confined.
     pub seccomp: Seccomp,
-}
-
-/// How a process ended that did what it was asked.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Ended {
-    /// The guest ended.
-    Guest(GuestEnd),
-    /// The guest runs elsewhere now.
-    MovedAway(PeerAddress),
-    /// Somebody ended it.
-    Quit(&'static str),
-    /// There is no guest any more, and nobody wanted that.
-    Lost(&'static str),
-}
-
-/// Why a process could not do what it was asked.
-#[derive(Debug, Error)]
-pub enum ServiceError {
-    /// The machine.
-    #[error(transparent)]
-    Machine(#[from] MachineError),
-    /// Its description.
-    #[error(transparent)]
-    Config(#[from] crate::config::ConfigError),
-    /// The control socket.
-    #[error(transparent)]
-    Socket(#[from] control::SocketError),
-    /// The control server.
-    #[error(transparent)]
-    Server(#[from] control::ServerError),
-    /// The place to wait for migrations.
-    #[error(transparent)]
-    Listen(#[from] AddressUseError),
-    /// The ownership record.
-    #[error(transparent)]
-    Ownership(#[from] OwnershipError),
-    /// The guest was given to another host, so it must not be started here.
-    #[error("Guest {guest} was given to {to}. If it does not run there, remove {} and start it again", record.display())]
-    GivenAway {
-        /// The guest.
-        guest: uuid::Uuid,
-        /// Where it went.
-        to: String,
-        /// The record that says so.
-        record: PathBuf,
-    },
-    /// The threads cannot be confined.
-    #[error(transparent)]
-    Seccomp(#[from] SeccompError),
-    /// `receive --once` and the migration failed.
-    #[error("No guest has arrived: {0}")]
-    NotArrived(String),
 }
 
 /// Ends the process's loop from other threads: signals, the terminal's escape.
@@ -162,6 +111,8 @@ pub struct Service {
     board: Board,
     inbox: (Sender<Message>, Receiver<Message>),
     holding: Holding,
+    // Dropped before the line: it feeds the port, and gives the terminal back as it was.
+    _console: Option<ConsoleLink>,
     line: Arc<SerialLine>,
     incoming: Option<Incoming>,
     once: bool,
@@ -189,9 +140,16 @@ impl Service {
         config.validate_for(HostLimits::of(&kvm.capabilities())?)?;
         refuse_given_away(&settings.state_dir, config.uuid)?;
         let resources = Resources::open(&config, DiskLocks::Take).map_err(MachineError::from)?;
-        let mut service = Self::new(kvm, &config.serial, settings, Phase::Starting, quitter)?;
-        let mut machine = service.power_on(config, resources)?;
+        let (mut service, input) = Self::new(kvm, &config.serial, settings, quitter)?;
+        let kvm = Arc::clone(&service.kvm);
+        let mut machine = thread::scope(|scope| {
+            // KVM thinks about its CPUID while the VM is made. Without this thread it does so when it is asked.
+            let _ =
+                thread::Builder::new().name("cpuid".to_owned()).spawn_scoped(scope, || kvm.supported_cpuid().is_ok());
+            service.power_on(config, resources)
+        })?;
         machine.run();
+        service._console = input.connect().map_err(MachineError::from)?;
         service.keep(Box::new(machine));
         Ok(service)
     }
@@ -209,7 +167,8 @@ impl Service {
     ) -> Result<Self, ServiceError> {
         let kvm = Arc::new(KvmHost::open().map_err(MachineError::from)?);
         let serial = resources.serial.clone().unwrap_or_default();
-        let mut service = Self::new(kvm, &serial, settings, Phase::Receiving, quitter)?;
+        let (mut service, input) = Self::new(kvm, &serial, settings, quitter)?;
+        service._console = input.connect().map_err(MachineError::from)?;
         service.once = once;
         let host = Host {
             kvm: Arc::clone(&service.kvm),
@@ -218,7 +177,8 @@ impl Service {
             listener: service.end_listener(),
         };
         let (board, inbox) = (service.board.clone(), service.inbox.0.clone());
-        service.incoming = Some(Incoming::start(address, &service.settings.state_dir, host, board, inbox)?);
+        let claims = ClaimRecord::new(random_uuid()?, &service.settings.state_dir);
+        service.incoming = Some(Incoming::start(address, claims, host, board, inbox)?);
         Ok(service)
     }
 
@@ -226,9 +186,8 @@ impl Service {
         kvm: Arc<KvmHost>,
         serial: &Serial,
         settings: Settings,
-        phase: Phase,
         quitter: impl FnOnce(Quitter),
-    ) -> Result<Self, ServiceError> {
+    ) -> Result<(Self, LineInput), ServiceError> {
         if settings.seccomp == Seccomp::On {
             seccomp::switch_on()?;
         }
@@ -236,9 +195,9 @@ impl Service {
         quitter(Quitter(inbox.0.clone()));
         let escape = Quitter(inbox.0.clone());
         let line = SerialLine::open(serial, Box::new(move || escape.quit("ended from the terminal")));
-        let line = Arc::new(line.map_err(MachineError::from)?);
+        let (line, input) = line.map_err(MachineError::from)?;
         let events = Events::default();
-        let board = Board::new(phase, events.clone());
+        let board = Board::new(Phase::Starting, events.clone());
         let server = match &settings.api {
             None => None,
             Some(path) => {
@@ -249,20 +208,22 @@ impl Service {
                 Some(Server::start(ControlSocket::bind(path)?, desk, events, options)?)
             }
         };
-        Ok(Self {
+        let service = Self {
             kvm,
             settings,
             board,
             inbox,
             holding: Holding::Expected,
-            line,
+            _console: None,
+            line: Arc::new(line),
             incoming: None,
             once: false,
             destination: None,
             force_stop_at: None,
             end: None,
             _server: server,
-        })
+        };
+        Ok((service, input))
     }
 
     /// Where a `receive` waits.
@@ -344,211 +305,8 @@ impl Service {
         if self.force_stop_at.is_some_and(|at| at <= Instant::now()) {
             return Some(Ended::Quit("ended because it did not power off in time"));
         }
-        if let Holding::InDoubt { doubt, .. } = std::mem::replace(&mut self.holding, Holding::Asking)
-            && let Some(to) = self.destination.clone()
-        {
-            ask_target(doubt, to, &self.inbox.0);
-        }
+        self.ask_target();
         None
-    }
-
-    /// Does what is asked of a machine that is here.
-    fn answer(&mut self, request: Request) -> Result<Reply, ApiError> {
-        // The phase may have changed since the server asked.
-        admit(self.board.phase(), &request)?;
-        match request {
-            Request::ShowVm => Ok(Reply::Vm(self.board.vm())),
-            Request::ListDisks => Ok(Reply::Disks(self.board.disks())),
-            Request::ListNics => Ok(Reply::Nics(self.board.nics())),
-            Request::ShowMigration => Ok(Reply::Migration(self.board.last_migration())),
-            Request::ShowBalloon => self.board.balloon().map(Reply::Balloon).ok_or_else(no_balloon),
-            Request::Pause => self.with_machine(Machine::stand).map(|()| {
-                self.board.enter(Phase::Paused);
-                Reply::Done
-            }),
-            Request::Resume => self.on_machine(Machine::run).map(|()| {
-                self.board.enter(Phase::Running);
-                Reply::Done
-            }),
-            Request::PowerButton => self.press_power_button(),
-            Request::Stop(stop) => {
-                self.force_stop_at =
-                    stop.force_after_s.map(|seconds| Instant::now() + Duration::from_secs(seconds.get().into()));
-                self.press_power_button()
-            }
-            Request::Kill => Ok(Reply::Done),
-            Request::Reset => self.reset(),
-            Request::SetBalloon(target) => self.set_balloon(target.target_bytes),
-            Request::StartMigration(migration) => self.start_migration(&migration),
-            Request::CancelMigration => {
-                match &self.holding {
-                    Holding::Away(outgoing) => outgoing.cancel(),
-                    Holding::Expected => self.incoming.iter().for_each(Incoming::cancel),
-                    Holding::Here(_) | Holding::InDoubt { .. } | Holding::Asking => {}
-                }
-                Ok(Reply::Done)
-            }
-            Request::ResolveMigration(resolve) => self.resolve(resolve.owner),
-            Request::Pulse(pulse) => self.pulse(pulse.times.get()),
-        }
-    }
-
-    fn on_machine(&mut self, lead: impl FnOnce(&mut Machine)) -> Result<(), ApiError> {
-        self.with_machine(|machine| {
-            lead(machine);
-            Ok(())
-        })
-    }
-
-    fn with_machine<T>(&mut self, lead: impl FnOnce(&mut Machine) -> Result<T, MachineError>) -> Result<T, ApiError> {
-        let Holding::Here(machine) = &mut self.holding else { return Err(not_here()) };
-        lead(machine).map_err(|error| ApiError::failed(&error))
-    }
-
-    fn press_power_button(&mut self) -> Result<Reply, ApiError> {
-        self.on_machine(|machine| machine.press_power_button()).map(|()| Reply::Done)
-    }
-
-    fn set_balloon(&mut self, bytes: u64) -> Result<Reply, ApiError> {
-        let Holding::Here(machine) = &self.holding else { return Err(not_here()) };
-        let balloon = machine.balloon().ok_or_else(no_balloon)?;
-        balloon
-            .with(|balloon, io| balloon.set_target(io, bytes))
-            .map(|()| Reply::Done)
-            .map_err(|error| ApiError::InvalidValue { field: "target_bytes", reason: error.to_string() })
-    }
-
-    /// Takes the machine apart and powers a new one on, on the same console.
-    fn reset(&mut self) -> Result<Reply, ApiError> {
-        let failed = |error: MachineError| ApiError::failed(&error);
-        let Holding::Here(machine) = std::mem::replace(&mut self.holding, Holding::Expected) else {
-            return Err(not_here());
-        };
-        let config = machine.config().clone();
-        drop(machine);
-        let resources = Resources::open(&config, DiskLocks::Take).map_err(|error| failed(error.into()));
-        let machine = resources.and_then(|resources| self.power_on(config, resources).map_err(failed));
-        match machine {
-            Ok(mut machine) => {
-                machine.run();
-                self.keep(Box::new(machine));
-                Ok(Reply::Done)
-            }
-            Err(error) => {
-                // There is no guest any more, and nobody to give one.
-                let _ = self.inbox.0.send(Message::Lost("The guest ended because it could not be reset"));
-                Err(error)
-            }
-        }
-    }
-
-    /// Saves the machine, takes it apart and restores it from its saved state, with its memory and resources kept.
-    fn pulse(&mut self, times: u32) -> Result<Reply, ApiError> {
-        let (mut longest, mut state_bytes) = (Duration::ZERO, 0);
-        for _ in 0..times {
-            let Holding::Here(machine) = std::mem::replace(&mut self.holding, Holding::Expected) else {
-                return Err(not_here());
-            };
-            let begun = Instant::now();
-            let running = machine.is_running();
-            match machine.pulse(&self.kvm, self.end_listener()) {
-                Ok((mut restored, bytes)) => {
-                    if running {
-                        restored.run();
-                    }
-                    state_bytes = bytes;
-                    self.keep(Box::new(restored));
-                }
-                Err(error) => {
-                    let _ = self.inbox.0.send(Message::Lost("The guest ended because a pulse failed"));
-                    return Err(ApiError::failed(&error));
-                }
-            }
-            longest = longest.max(begun.elapsed());
-        }
-        Ok(Reply::Pulsed(Pulsed { times, state_bytes, longest_ms: longest.into() }))
-    }
-
-    fn start_migration(&mut self, request: &StartMigration) -> Result<Reply, ApiError> {
-        let Holding::Here(machine) = std::mem::replace(&mut self.holding, Holding::Asking) else {
-            return Err(not_here());
-        };
-        let job = JobId::random();
-        let phase = self.board.phase();
-        self.board.enter(Phase::Migrating);
-        let step = MigrationStep::Connecting;
-        self.board.begin_migration(begun(job, MigrationRole::Source, request.to.clone(), request.mode, step));
-        let ownership = self.ownership(machine.config().uuid);
-        match Outgoing::start(machine, request, job, ownership, self.board.clone(), self.inbox.0.clone()) {
-            Ok(outgoing) => {
-                self.destination = Some(request.to.clone());
-                self.holding = Holding::Away(outgoing);
-                Ok(Reply::Started(JobStarted { job }))
-            }
-            Err((machine, error)) => {
-                self.holding = Holding::Here(machine);
-                self.board.enter(phase);
-                post_failure(&self.board, MigrationState::Failed, error.to_string());
-                Err(ApiError::failed(&error))
-            }
-        }
-    }
-
-    fn on_left(&mut self, departure: Departure) -> Option<Ended> {
-        match departure {
-            Departure::Unreachable(machine, error) => self.stays(machine, MigrationState::Failed, in_words(&error)),
-            Departure::Decided(outcome) => match *outcome {
-                Outcome::HandedOver(report) => {
-                    self.board.enter(Phase::MovedAway);
-                    post_report(&self.board, &report);
-                    self.destination.take().map(Ended::MovedAway)
-                }
-                Outcome::StillOurs(Failed { cause, guest, stuck }) => {
-                    let state = match cause {
-                        SourceError::Cancelled => MigrationState::Cancelled,
-                        _ => MigrationState::Failed,
-                    };
-                    let mut words = in_words(&cause) + remedy(&cause);
-                    if let Some(stuck) = stuck {
-                        words += &format!(". The guest is still here, but {}", in_words(&stuck));
-                    }
-                    self.stays(Box::new(guest.into_machine()), state, words)
-                }
-                Outcome::InDoubt(doubt) => {
-                    self.doubts(doubt);
-                    None
-                }
-            },
-        }
-    }
-
-    fn doubts(&mut self, doubt: InDoubt<Leaving>) {
-        if self.board.phase() != Phase::InDoubt {
-            self.board.enter(Phase::InDoubt);
-            post_failure(&self.board, MigrationState::InDoubt, in_words(doubt.cause()));
-        }
-        self.holding = Holding::InDoubt { doubt: Box::new(doubt), ask_at: Instant::now() + ASK_EVERY };
-    }
-
-    /// The guest is this host's after all.
-    fn stays(&mut self, machine: Box<Machine>, state: MigrationState, why: String) -> Option<Ended> {
-        tracing::warn!(why, "the guest has not moved");
-        self.keep(machine);
-        post_failure(&self.board, state, why);
-        self.end.take().map(Ended::Guest)
-    }
-
-    fn resolve(&mut self, owner: control::Owner) -> Result<Reply, ApiError> {
-        let Holding::InDoubt { doubt, .. } = std::mem::replace(&mut self.holding, Holding::Asking) else {
-            return Err(ApiError::Busy { what: "questions to the target" });
-        };
-        let owner = match owner {
-            control::Owner::Source => migration::Owner::Source,
-            control::Owner::Target => migration::Owner::Target,
-        };
-        let settled = Departure::Decided(Box::new(doubt.settle(owner, &HostClock::new())));
-        let _ = self.inbox.0.send(Message::Left(settled));
-        Ok(Reply::Done)
     }
 
     /// Takes a machine in and posts it.
@@ -589,35 +347,11 @@ impl Service {
         {
             tracing::warn!(error = in_words(&error), "the ownership record stays");
         }
-        if let Some((reason, message)) = end_of(&ended) {
+        if let Some((reason, message)) = ended.reason() {
             self.board.enter(Phase::Ended);
             self.board.events().publish(Happening::GuestEnded { reason, message });
         }
         ended
-    }
-}
-
-fn end_of(ended: &Ended) -> Option<(EndReason, String)> {
-    let reason = match ended {
-        Ended::MovedAway(_) => return None,
-        Ended::Quit(why) => return Some((EndReason::Killed, (*why).to_owned())),
-        Ended::Lost(why) => return Some((EndReason::Failed, (*why).to_owned())),
-        Ended::Guest(GuestEnd::PowerOff) => EndReason::PowerOff,
-        Ended::Guest(GuestEnd::Reboot) => EndReason::Reboot,
-        Ended::Guest(GuestEnd::TripleFault) => EndReason::TripleFault,
-        Ended::Guest(GuestEnd::Panic) => EndReason::Panic,
-        Ended::Guest(GuestEnd::KvmFailure(_)) => EndReason::Failed,
-    };
-    let Ended::Guest(end) = ended else { return None };
-    Some((reason, end.to_string()))
-}
-
-/// What to do about a target with which there is no talking.
-fn remedy(cause: &SourceError) -> &'static str {
-    match cause {
-        SourceError::Frame(FrameError::NotOurs { .. }) => "; give the address of a `godwit receive`",
-        SourceError::Frame(FrameError::Version { .. }) => "; run the same version of godwit at both ends",
-        _ => "",
     }
 }
 
@@ -629,12 +363,4 @@ fn refuse_given_away(state_dir: &Path, guest: uuid::Uuid) -> Result<(), ServiceE
         }
         Some(Owner::Mine { .. }) | None => Ok(()),
     }
-}
-
-fn no_balloon() -> ApiError {
-    ApiError::NoSuchDevice { device: "balloon; start it with --balloon on".to_owned() }
-}
-
-fn not_here() -> ApiError {
-    ApiError::Failed { message: "The guest is not here at this moment; try again".to_owned() }
 }

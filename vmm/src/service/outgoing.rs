@@ -116,7 +116,6 @@ fn plan(request: &StartMigration, job: JobId) -> Plan {
         MigrationMode::Stop => Mode::Stop,
     };
     Plan {
-        session: job.0,
         verify: request.verify,
         goal: Goal {
             max_downtime: request.max_downtime(),
@@ -125,6 +124,6 @@ fn plan(request: &StartMigration, job: JobId) -> Plan {
             ..Goal::default()
         },
         timeout: request.timeout(),
-        ..Plan::new(mode)
+        ..Plan::new(job.0, mode)
     }
 }

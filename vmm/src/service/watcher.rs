@@ -4,9 +4,9 @@ use super::board::Board;
 use crate::layout::PAGE_SIZE;
 use control::{
     Happening, JobId, MigrationMode, MigrationRole, MigrationState, MigrationStatus, MigrationStep, PeerAddress,
-    Progress, RoundInfo,
+    Progress, RoundInfo, StepInfo, SwitchReason, TargetPart,
 };
-use migration::{Moved, Observer, Phase, Report, RoundReport};
+use migration::{Moved, Observer, Phase, PhaseReport, Report, RoundReport};
 use std::time::{Duration, Instant};
 
 /// The least time between two events of progress.
@@ -17,7 +17,6 @@ const PROGRESS_EVERY: Duration = Duration::from_millis(100);
 pub(crate) struct Watcher {
     board: Board,
     job: JobId,
-    started: Instant,
     published: Option<Instant>,
     /// Zero pages of the rounds that are over.
     zero_pages: u64,
@@ -27,15 +26,13 @@ pub(crate) struct Watcher {
 
 impl Watcher {
     pub(crate) fn new(board: Board, job: JobId) -> Self {
-        Self { board, job, started: Instant::now(), published: None, zero_pages: 0, pages: 0 }
+        Self { board, job, published: None, zero_pages: 0, pages: 0 }
     }
 
     fn post(&mut self, note: impl FnOnce(&mut Progress)) {
-        let total = self.started.elapsed();
         let mut posted = None;
         self.board.note_migration(|status| {
             note(&mut status.progress);
-            status.total_ms = total.into();
             posted = Some(status.progress.clone());
         });
         if let Some(progress) = posted
@@ -76,17 +73,40 @@ fn round_info(round: &RoundReport) -> RoundInfo {
     RoundInfo { round, pages, zero_pages, bytes, duration_ms: millis(ms), dirty_pages: dirty_at_end }
 }
 
+fn step(phase: Phase) -> MigrationStep {
+    match phase {
+        Phase::Offering => MigrationStep::Negotiating,
+        Phase::Rounds => MigrationStep::Precopy,
+        Phase::Pausing => MigrationStep::Pausing,
+        Phase::LastPages => MigrationStep::LastPages,
+        Phase::Restoring => MigrationStep::Restoring,
+        Phase::HandingOver => MigrationStep::HandOver,
+    }
+}
+
+fn step_info(report: &PhaseReport) -> StepInfo {
+    let PhaseReport { phase, ms } = *report;
+    StepInfo { step: step(phase), duration_ms: millis(ms) }
+}
+
+fn switch_reason(reason: migration::SwitchReason) -> SwitchReason {
+    match reason {
+        migration::SwitchReason::GoalMet => SwitchReason::GoalMet,
+        migration::SwitchReason::RoundLimit => SwitchReason::RoundLimit,
+        migration::SwitchReason::Stalled => SwitchReason::Stalled,
+    }
+}
+
+fn target_part(part: migration::TargetPart) -> TargetPart {
+    let migration::TargetPart { restore_ms, start_ms } = part;
+    TargetPart { restore_ms: millis(restore_ms), start_ms: millis(start_ms) }
+}
+
 impl Observer for Watcher {
     fn on(&mut self, news: migration::Progress) {
         match news {
             migration::Progress::Entered(phase) => {
-                let step = match phase {
-                    Phase::Offering => MigrationStep::Negotiating,
-                    Phase::Rounds => MigrationStep::Precopy,
-                    Phase::Pausing | Phase::LastPages | Phase::Restoring => MigrationStep::Stopped,
-                    Phase::HandingOver => MigrationStep::HandOver,
-                };
-                self.post(|progress| progress.step = step);
+                self.post(|progress| progress.step = step(phase));
             }
             migration::Progress::Moved(Moved { round, pages, of, bytes, bytes_per_second }) => {
                 let sent = self.pages + pages;
@@ -128,8 +148,12 @@ pub(crate) fn begun(
             predicted_downtime_ms: None,
         },
         rounds: Vec::new(),
-        downtime_ms: None,
+        steps: Vec::new(),
         total_ms: Duration::ZERO.into(),
+        downtime_ms: None,
+        target_part: None,
+        switched: None,
+        verified: None,
         error: None,
     }
 }
@@ -137,17 +161,49 @@ pub(crate) fn begun(
 /// Posts the end of a migration that moved the guest, with the engine's report.
 pub(crate) fn post_report(board: &Board, report: &Report) {
     tracing::info!(report = serde_json::to_string(report).unwrap_or_default(), "migrated");
-    board.note_migration(|status| {
-        status.state = MigrationState::Completed;
-        status.rounds = report.rounds.iter().map(round_info).collect();
-        status.downtime_ms = report.downtime_ms.map(millis);
-        status.total_ms = millis(report.total_ms);
-        status.progress.step = MigrationStep::Ended;
-        status.progress.bytes_sent = report.bytes;
-        status.progress.remaining_bytes = 0;
-        status.progress.predicted_downtime_ms = report.predicted_downtime_ms.map(millis);
-    });
+    board.note_migration(|status| complete(status, report));
     board.end_migration();
+}
+
+/// Replaces all that was told under way by the report, so that both ends tell the same.
+fn complete(status: &mut MigrationStatus, report: &Report) {
+    let Report {
+        role: _,
+        session: _,
+        vm: _,
+        mode: _,
+        ending: _,
+        rounds,
+        bytes,
+        total_ms,
+        downtime_ms,
+        target_part: part,
+        predicted_downtime_ms,
+        switched,
+        verified,
+        bytes_per_second,
+        phases,
+    } = report;
+    status.state = MigrationState::Completed;
+    status.progress = Progress {
+        step: MigrationStep::Ended,
+        round: rounds.last().map_or(0, |round| round.round),
+        pages_sent: rounds.iter().map(|round| round.pages).sum(),
+        zero_pages: rounds.iter().map(|round| round.zero_pages).sum(),
+        bytes_sent: *bytes,
+        remaining_bytes: 0,
+        bytes_per_second: rate(*bytes_per_second),
+        predicted_downtime_ms: predicted_downtime_ms.map(millis),
+    };
+    status.rounds = rounds.iter().map(round_info).collect();
+    status.steps = phases.iter().map(step_info).collect();
+    status.total_ms = millis(*total_ms);
+    status.downtime_ms = downtime_ms.map(millis);
+    status.target_part = part.map(target_part);
+    status.switched = switched.map(switch_reason);
+    status.verified = *verified;
+    // Of a doubt that was settled since.
+    status.error = None;
 }
 
 /// Posts the end of a migration that did not move the guest.
@@ -158,4 +214,80 @@ pub(crate) fn post_failure(board: &Board, state: MigrationState, error: String) 
         status.error = Some(error);
     });
     board.end_migration();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use control::Events;
+    use migration::{Ending, Mode, Role};
+    use uuid::Uuid;
+
+    fn board(role: MigrationRole) -> Board {
+        let board = Board::new(control::Phase::Running, Events::default());
+        let peer = PeerAddress::Unix("/in.sock".into());
+        let job = JobId(Uuid::from_u128(1));
+        board.begin_migration(begun(job, role, peer, MigrationMode::Live, MigrationStep::Connecting));
+        board
+    }
+
+    fn report(role: Role) -> Report {
+        let round = RoundReport { round: 1, pages: 9, zero_pages: 4, bytes: 20_500, ms: 1.5, dirty_at_end: 2 };
+        Report {
+            role,
+            session: Uuid::from_u128(1),
+            vm: Uuid::from_u128(2),
+            mode: Mode::Live,
+            ending: Ending::HandedOver,
+            rounds: vec![
+                round,
+                RoundReport { round: 2, pages: 2, zero_pages: 0, bytes: 8228, ms: 0.5, dirty_at_end: 0 },
+            ],
+            bytes: 29_000,
+            total_ms: 4.25,
+            downtime_ms: Some(2.0),
+            target_part: Some(migration::TargetPart { restore_ms: 0.75, start_ms: 0.25 }),
+            predicted_downtime_ms: Some(1.75),
+            switched: Some(migration::SwitchReason::GoalMet),
+            verified: Some(true),
+            bytes_per_second: 14_000_000.0,
+            phases: vec![PhaseReport { phase: Phase::Pausing, ms: 0.125 }],
+        }
+    }
+
+    #[test]
+    fn both_ends_post_the_same_figures() {
+        let source = board(MigrationRole::Source);
+        post_report(&source, &report(Role::Source));
+        let source = source.migration().unwrap();
+        let target = board(MigrationRole::Target);
+        // What it saw under way gives room to the report.
+        Watcher::new(target.clone(), source.job).on(migration::Progress::RoundDone(report(Role::Target).rounds[0]));
+        post_report(&target, &report(Role::Target));
+        let target = target.migration().unwrap();
+        assert_eq!(MigrationStatus { role: MigrationRole::Source, ..target }, source);
+        assert_eq!(source.state, MigrationState::Completed);
+        assert_eq!((source.progress.round, source.progress.pages_sent, source.progress.zero_pages), (2, 11, 4));
+        assert_eq!((source.progress.bytes_sent, source.progress.bytes_per_second), (29_000, 14_000_000));
+        assert_eq!((source.total_ms, source.downtime_ms), (millis(4.25), Some(millis(2.0))));
+        let part = TargetPart { restore_ms: millis(0.75), start_ms: millis(0.25) };
+        assert_eq!((source.target_part, source.switched), (Some(part), Some(SwitchReason::GoalMet)));
+        assert_eq!(source.steps, [StepInfo { step: MigrationStep::Pausing, duration_ms: millis(0.125) }]);
+        assert_eq!(source.verified, Some(true));
+    }
+
+    #[test]
+    fn a_failure_tells_how_long_it_took() {
+        let board = board(MigrationRole::Source);
+        std::thread::sleep(Duration::from_millis(2));
+        post_failure(&board, MigrationState::Failed, "No Godwit can be reached".to_owned());
+        let failed = board.migration().unwrap();
+        assert!(failed.total_ms >= millis(2.0), "{failed:?}");
+        assert_eq!((failed.state, failed.progress.step), (MigrationState::Failed, MigrationStep::Ended));
+        assert_eq!((failed.error.as_deref(), failed.downtime_ms), (Some("No Godwit can be reached"), None));
+        // A doubt that is settled for the target afterwards.
+        post_report(&board, &Report { downtime_ms: None, target_part: None, ..report(Role::Source) });
+        let settled = board.migration().unwrap();
+        assert_eq!((settled.state, settled.error, settled.downtime_ms), (MigrationState::Completed, None, None));
+    }
 }

@@ -4,6 +4,7 @@
 //! parallel, and ends them. Parking returns only when each vCPU has left KVM_RUN with no instruction half done and its
 //! thread sleeps: from then on nothing but devices and the VMM writes guest memory.
 
+mod crew;
 mod desk;
 mod end;
 mod exit;
@@ -14,9 +15,11 @@ pub(crate) mod test_guest;
 mod tests;
 mod thread;
 
+pub use crew::Crew;
 pub use end::{GuestEnd, KvmFailure};
 
 use crate::state::{Facts, TscStart, VcpuSavedV1, VcpuStateError, restore_vcpu, save_vcpu};
+use crew::Seat;
 use desk::{Desk, Stance};
 use devices::Bus;
 use kick::ImmediateExit;
@@ -25,9 +28,10 @@ use std::fmt::Debug;
 use std::io;
 use std::sync::Arc;
 use std::sync::mpsc;
-use std::thread::{Builder, JoinHandle};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use thiserror::Error;
+use thread::VcpuThread;
 use vmm_sys_util::errno;
 
 /// The address spaces in which the guest reaches devices.
@@ -126,22 +130,27 @@ pub struct Vcpus {
 }
 
 impl Vcpus {
-    /// Starts a thread per vCPU, named `vcpu0` and so on in the order of `vcpus`. They stand until [`run`](Self::run).
+    /// Gives each of `crew` its vCPU, in the order of `vcpus`. They stand until [`run`](Self::run).
     ///
     /// # Errors
-    /// [`VcpuError::Spawn`], [`VcpuError::Signal`] or [`VcpuError::TooMany`]; no thread is left behind.
-    pub fn spawn(vcpus: Vec<VcpuFd>, buses: &Arc<Buses>, events: &Arc<dyn VcpuEvents>) -> Result<Self, VcpuError> {
-        kick::install_handler().map_err(VcpuError::Signal)?;
+    /// [`VcpuError::Spawn`], or [`VcpuError::Gone`] for a vCPU that nobody takes; no thread is left behind.
+    pub fn seat(
+        mut crew: Crew,
+        vcpus: Vec<VcpuFd>,
+        buses: &Arc<Buses>,
+        events: &Arc<dyn VcpuEvents>,
+    ) -> Result<Self, VcpuError> {
         let count = vcpus.len();
         let mut all = Self { members: Vec::with_capacity(count) };
         for (index, vcpu) in vcpus.into_iter().enumerate() {
             let id = u8::try_from(index).map_err(|_| VcpuError::TooMany { count })?;
-            let spawn_error = |source| VcpuError::Spawn { vcpu: id, source };
-            let desk = Arc::new(Desk::new(ImmediateExit::of(&vcpu).map_err(spawn_error)?));
+            let immediate_exit = ImmediateExit::of(&vcpu).map_err(|source| VcpuError::Spawn { vcpu: id, source })?;
+            let desk = Arc::new(Desk::new(immediate_exit));
             let (buses, events) = (Arc::clone(buses), Arc::clone(events));
-            let work = thread::VcpuThread { id, vcpu, desk: Arc::clone(&desk), buses, events };
-            let thread = Builder::new().name(format!("vcpu{id}")).spawn(move || work.main()).map_err(spawn_error)?;
+            let Seat { thread, work } = crew.next_seat().ok_or(VcpuError::Gone { vcpu: id })?;
+            let vcpu = VcpuThread { id, vcpu, desk: Arc::clone(&desk), buses, events };
             all.members.push(Member { id, desk, thread });
+            work.send(vcpu).map_err(|_| VcpuError::Gone { vcpu: id })?;
         }
         Ok(all)
     }

@@ -3,7 +3,7 @@
 
 #![expect(unsafe_code, reason = "gives the test's memory to KVM")]
 
-use super::{Buses, GuestEnd, VcpuEvents, Vcpus};
+use super::{Buses, Crew, GuestEnd, VcpuEvents, Vcpus};
 use crate::state::Facts;
 use devices::{Bus, BusDevice};
 use kvm_bindings::{
@@ -241,7 +241,7 @@ impl World {
 }
 
 #[derive(Debug)]
-struct Ends(Mutex<Sender<(u8, GuestEnd)>>);
+pub(super) struct Ends(pub(super) Mutex<Sender<(u8, GuestEnd)>>);
 
 impl VcpuEvents for Ends {
     fn ended(&self, vcpu: u8, end: GuestEnd) {
@@ -321,7 +321,8 @@ impl TestGuest {
         });
         let (sender, ends) = channel();
         let events = Arc::new(Ends(Mutex::new(sender))) as Arc<dyn VcpuEvents>;
-        let vcpus = Vcpus::spawn(vcpus.collect(), &Arc::new(buses), &events).unwrap();
+        let crew = Crew::start(u32::try_from(world.ports.len()).unwrap()).unwrap();
+        let vcpus = Vcpus::seat(crew, vcpus.collect(), &Arc::new(buses), &events).unwrap();
         let facts = Arc::new(Facts::of(&kvm, &vm).unwrap());
         Self { vcpus, facts, ends, vm, kvm, world }
     }

@@ -8,6 +8,7 @@ use super::{Buses, VcpuEvents, kick};
 use crate::seccomp::{self, ThreadKind};
 use kvm_ioctls::VcpuFd;
 use std::sync::Arc;
+use std::sync::mpsc::Receiver;
 
 pub(super) struct VcpuThread {
     pub(super) id: u8,
@@ -18,9 +19,16 @@ pub(super) struct VcpuThread {
 }
 
 impl VcpuThread {
-    pub(super) fn main(mut self) {
+    /// Confines the thread, then waits for its vCPU. It ends if there will be none.
+    pub(super) fn main(awaited: &Receiver<Self>) {
         kick::unblock();
         seccomp::enter(ThreadKind::Vcpu);
+        if let Ok(vcpu) = awaited.recv() {
+            vcpu.serve();
+        }
+    }
+
+    fn serve(mut self) {
         let _leaving = Leaving { id: self.id, desk: Arc::clone(&self.desk), events: Arc::clone(&self.events) };
         loop {
             match self.desk.next_task() {

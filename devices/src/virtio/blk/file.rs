@@ -65,7 +65,10 @@ pub enum DiskError {
         length: u64,
     },
     /// Another guest, here or behind a shared file system, has the disk to itself.
-    #[error("Disk {} is locked by another writer", path.display())]
+    #[error(
+        "Disk {} is locked by another writer; stop the guest that writes to it, or attach it read-only to every guest",
+        path.display()
+    )]
     Locked {
         /// The disk.
         path: PathBuf,

@@ -3,6 +3,7 @@
 //! Buffers may be framed in any way (virtio 1.3, 2.7.4.3): the header is the first 16 readable bytes, the status the last
 //! writable one, wherever buffers begin. Invariant: no range reaches the back end that is not inside its capacity.
 
+use super::counters::Counted;
 use super::{BlockBackend, MAX_DISCARD, MAX_RANGES, MAX_WRITE_ZEROES, SECTOR, Unmap};
 use crate::GuestRam;
 use crate::virtio::queue::{Chain, copy_from, copy_to, slices, total_bytes};
@@ -101,6 +102,16 @@ impl<'a> Request<'a> {
     /// Whether a success changed the disk.
     pub(super) fn writes(&self) -> bool {
         matches!(self.kind, Kind::Write | Kind::WriteZeroes)
+    }
+
+    /// What it counts as.
+    pub(super) fn counted(&self) -> Counted {
+        match self.kind {
+            Kind::Read => Counted::Read(self.data_in as u64),
+            Kind::Write => Counted::Write(self.data_out as u64),
+            Kind::Flush => Counted::Flush,
+            Kind::Id | Kind::Discard | Kind::WriteZeroes | Kind::Unknown | Kind::Headless => Counted::Other,
+        }
     }
 
     /// Does what is asked for; the status, and the bytes of data written for the driver.

@@ -163,6 +163,8 @@ fn reads_and_writes_reach_their_sectors() {
     let disk = rig.backend.disk.lock().unwrap();
     assert!(disk.bytes[63 * 512..].iter().all(|byte| *byte == 0xaa));
     assert_eq!(disk.calls, ["read 2560", "write 32256"]);
+    let moved = BlkCounts { reads: 1, read_bytes: 1024, writes: 1, written_bytes: 512, ..BlkCounts::default() };
+    assert_eq!(rig.blk.counters().now(), moved);
 }
 
 #[test]
@@ -196,6 +198,7 @@ fn ranges_outside_of_the_disk_are_errors() {
         assert_eq!(rig.request(WRITE, sector, length, false), (IOERR, 1), "{sector} {length}");
     }
     assert!(rig.calls().is_empty());
+    assert_eq!(rig.blk.counters().now(), BlkCounts { errors: 12, ..BlkCounts::default() });
 }
 
 #[test]
@@ -212,6 +215,7 @@ fn flush_id_and_unknown_requests() {
     for kind in [2, 5, 10, 14, u32::MAX] {
         assert_eq!(rig.request(kind, 0, 512, true), (UNSUPP, 1), "{kind}");
     }
+    assert_eq!(rig.blk.counters().now(), BlkCounts { flushes: 1, errors: 5, ..BlkCounts::default() });
 }
 
 #[test]

@@ -10,6 +10,7 @@
 
 mod announce;
 mod control;
+mod counters;
 mod dirty_log;
 mod mac;
 mod port;
@@ -19,6 +20,7 @@ mod tap;
 mod transmit;
 mod vhost;
 
+pub use counters::{NetCounters, NetCounts};
 pub use mac::{MacAddress, MacError};
 pub use port::{HEADER, MAX_FRAME, Offloads, Port};
 pub use saved::NetSavedV1;
@@ -32,6 +34,7 @@ use control::Command;
 use receive::Receiver;
 use std::io;
 use std::os::fd::AsRawFd;
+use std::sync::Arc;
 use std::time::Duration;
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use virtio_bindings::virtio_net::{
@@ -96,6 +99,7 @@ pub struct Net {
     permanent_mac: MacAddress,
     mac: MacAddress,
     guest_announces: bool,
+    counters: Arc<NetCounters>,
     receiver: Receiver,
     announcer: Announcer,
 }
@@ -107,15 +111,24 @@ impl Net {
     /// The host's refusal of a timer.
     pub fn new(mac: MacAddress, parts: NetParts) -> io::Result<Self> {
         let NetParts { port, vhost } = parts;
+        let counters = Arc::<NetCounters>::default();
         Ok(Self {
             vhost,
             port,
             permanent_mac: mac,
             mac,
             guest_announces: false,
-            receiver: Receiver::new(),
+            receiver: Receiver::new(Arc::clone(&counters)),
+            counters,
             announcer: Announcer::new()?,
         })
+    }
+
+    /// What went through it since it was made, if this process moves its frames; `None` if vhost-net does, which does not
+    /// count them.
+    #[must_use]
+    pub fn counters(&self) -> Option<&Arc<NetCounters>> {
+        if self.vhost.is_none() { Some(&self.counters) } else { None }
     }
 
     /// Which unfinished frames the driver takes, as it said by `features`.
@@ -204,7 +217,7 @@ impl VirtioDevice for Net {
     fn process(&mut self, io: &mut Io, queue: usize) -> Result<Progress, Fault> {
         match queue {
             RECEIVE => self.receive(io),
-            TRANSMIT => Ok(transmit::transmit(io, self.port.file())?),
+            TRANSMIT => Ok(transmit::transmit(io, self.port.file(), &self.counters)?),
             CONTROL => Ok(control::answer(io, |command| self.obey(command))?),
             _ => Ok(Progress::Idle),
         }
@@ -267,7 +280,8 @@ impl VirtioDevice for Net {
     }
 
     fn save(&self, transport: MmioSavedV1) -> NetSavedV1 {
-        let Self { vhost: _, port: _, permanent_mac, mac, guest_announces, receiver: _, announcer: _ } = self;
+        let Self { vhost: _, port: _, permanent_mac, mac, guest_announces, counters: _, receiver: _, announcer: _ } =
+            self;
         NetSavedV1 {
             transport,
             permanent_mac: permanent_mac.octets(),

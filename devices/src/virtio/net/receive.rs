@@ -6,6 +6,7 @@
 //! drops as a wire does. Invariant: chains that were popped but not filled are put back before a call returns.
 
 use super::RECEIVE;
+use super::counters::NetCounters;
 use super::port::{self, HEADER, MAX_FRAME, MAX_PARTS};
 use crate::GuestRam;
 use crate::virtio::queue::{BrokenRing, Chain, GuestSlice, Virtq, copy_to, slices, total_bytes};
@@ -13,6 +14,7 @@ use crate::virtio::{Io, Progress};
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io::ErrorKind;
+use std::sync::Arc;
 use virtio_bindings::virtio_net::VIRTIO_NET_F_MRG_RXBUF;
 
 /// Where `num_buffers` is in the header (virtio 1.3, 5.1.6).
@@ -36,16 +38,19 @@ pub(super) struct Receiver {
     spill: Box<[u8]>,
     /// The length of the frame in `spill`, header included, that waits for buffers.
     held: Option<usize>,
+    counters: Arc<NetCounters>,
 }
 
 impl Receiver {
-    pub(super) fn new() -> Self {
-        Self { spill: vec![0; MAX_FRAME].into_boxed_slice(), held: None }
+    pub(super) fn new(counters: Arc<NetCounters>) -> Self {
+        Self { spill: vec![0; MAX_FRAME].into_boxed_slice(), held: None, counters }
     }
 
     /// Forgets a frame that waits for buffers.
     pub(super) fn clear(&mut self) {
-        self.held = None;
+        if self.held.take().is_some() {
+            self.counters.dropped();
+        }
     }
 
     /// Moves frames from `port` to the receive queue: until one of them has no more, or as many as the queue is long.
@@ -103,8 +108,11 @@ impl Receiver {
         match port::receive(port, &parts, &mut self.spill[spilled..]) {
             // An empty read is the end of a socket; a tap has none.
             Ok(0) => return Ok(Attempt::PortEmpty),
-            Ok(length) if length < HEADER => tracing::debug!(length, "A frame without header was dropped"),
-            Ok(length) if length <= capacity => offered.give(ram, queue, length)?,
+            Ok(length) if length < HEADER => {
+                tracing::debug!(length, "A frame without header was dropped");
+                self.counters.dropped();
+            }
+            Ok(length) if length <= capacity => self.give(ram, queue, offered, length)?,
             Ok(length) if mergeable => {
                 let mut done = 0;
                 for part in &parts {
@@ -112,7 +120,10 @@ impl Receiver {
                 }
                 self.held = Some(length);
             }
-            Ok(length) => tracing::debug!(length, capacity, "A frame larger than the driver's buffer was dropped"),
+            Ok(length) => {
+                tracing::debug!(length, capacity, "A frame larger than the driver's buffer was dropped");
+                self.counters.dropped();
+            }
             Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(Attempt::PortEmpty),
             Err(error) => {
                 tracing::warn!(%error, "A NIC's port gives no frames");
@@ -134,14 +145,22 @@ impl Receiver {
             for chain in &offered.chains {
                 done += copy_to(ram, chain.writable(), 0, &self.spill[done..length]);
             }
-            offered.give(ram, queue, length)?;
+            self.give(ram, queue, offered, length)?;
         } else if offered.is_whole_ring(queue) {
             tracing::debug!(length, "A frame larger than all of the driver's buffers was dropped");
+            self.counters.dropped();
         } else {
             return Ok(Attempt::NoBuffers);
         }
         self.held = None;
         Ok(Attempt::Done)
+    }
+
+    /// Gives a frame that is in the offered chains to the driver.
+    fn give(&self, ram: &GuestRam, queue: &mut Virtq, offered: &mut Offered, length: usize) -> Result<(), BrokenRing> {
+        offered.give(ram, queue, length)?;
+        self.counters.received(length);
+        Ok(())
     }
 }
 

@@ -91,6 +91,13 @@ impl Bench {
         Some(frame)
     }
 
+    /// Frames and bytes to the driver, frames and bytes from it, frames dropped.
+    fn counts(&self) -> [u64; 5] {
+        let NetCounts { received_frames, received_bytes, sent_frames, sent_bytes, dropped_frames } =
+            self.net.counters().expect("there is no vhost").now();
+        [received_frames, received_bytes, sent_frames, sent_bytes, dropped_frames]
+    }
+
     fn status(&self) -> u16 {
         let mut status = [0; 2];
         self.net.read_config(6, &mut status);
@@ -155,6 +162,7 @@ fn frames_go_out_from_scattered_buffers() {
     let head = bench.driver.offer(TRANSMIT, &parts);
     assert_eq!(bench.process(TRANSMIT).unwrap(), Progress::Idle);
     assert_eq!(bench.departed().unwrap(), frame);
+    assert_eq!(bench.counts(), [0, 0, 1, 1502, 0], "the header is not of the frame");
     assert_eq!(bench.driver.used(TRANSMIT), [(head.into(), 0)]);
     assert!(bench.driver.interrupted());
     assert!(!bench.driver.kicks_are_suppressed(TRANSMIT));
@@ -167,7 +175,7 @@ fn frames_of_impossible_length_do_not_go_out() {
     bench.driver.offer(TRANSMIT, &[Offer::Read(BUFFERS, 4 << 20)]);
     bench.process(TRANSMIT).unwrap();
     assert_eq!(bench.driver.used(TRANSMIT).len(), 2, "the driver has its buffers back");
-    assert_eq!(bench.departed(), None);
+    assert_eq!((bench.departed(), bench.counts()), (None, [0, 0, 0, 0, 2]));
     bench.driver.offer(TRANSMIT, &[Offer::Read(BUFFERS, HEADER_32 - 1)]);
     assert!(is_incomplete(&bench.process(TRANSMIT)));
 }
@@ -182,6 +190,7 @@ fn a_port_that_takes_nothing_loses_frames_only() {
     assert_eq!(driver.used(TRANSMIT).len(), 1);
     driver.offer(RECEIVE, &[Offer::Write(BUFFERS, 2048)]);
     assert_eq!(net.process(&mut driver.io, RECEIVE).unwrap(), Progress::Idle);
+    assert_eq!(bench.counts(), [0, 0, 0, 0, 1]);
 }
 
 #[test]
@@ -212,6 +221,7 @@ fn a_frame_without_mergeable_buffers_is_all_or_nothing() {
     bench.port_is_ready();
     assert_eq!(bench.driver.used(RECEIVE), [(0, 1000)]);
     assert_eq!(bench.driver.get(BUFFERS, 1000)[12..], frame(1000)[12..]);
+    assert_eq!(bench.counts(), [1, 988, 0, 0, 1]);
 }
 
 #[test]
@@ -232,6 +242,7 @@ fn large_frames_fill_many_buffers() {
     bench.arrive(&frame(65));
     bench.port_is_ready();
     assert_eq!(bench.driver.used(RECEIVE), [(14, 64), (15, 65)]);
+    assert_eq!(bench.counts(), [3, 65550 + 52 + 53, 0, 0, 0]);
 }
 
 #[test]
@@ -260,6 +271,7 @@ fn a_frame_waits_for_enough_buffers_and_holds_up_the_next() {
         bench.driver.offer(RECEIVE, &[Offer::Write(BUFFERS, 1000)]);
         bench.process(RECEIVE).unwrap();
         assert_eq!(bench.driver.used(RECEIVE), [(3, 70)]);
+        assert_eq!(bench.counts(), [2, 2488 + 58, 0, 0, 0], "a frame that waited is one frame");
     }
 }
 
@@ -272,6 +284,7 @@ fn a_frame_that_no_full_ring_takes_is_dropped() {
     }
     bench.port_is_ready();
     assert_eq!(bench.driver.used(RECEIVE), [(0, 100)]);
+    assert_eq!(bench.counts(), [1, 88, 0, 0, 1]);
 }
 
 #[test]
@@ -284,6 +297,7 @@ fn a_waiting_frame_is_forgotten_at_reset() {
     bench.offer_buffers(2, 1000);
     bench.process(RECEIVE).unwrap();
     assert_eq!(bench.driver.used(RECEIVE), []);
+    assert_eq!(bench.counts(), [0, 0, 0, 0, 1]);
 }
 
 #[test]

@@ -35,7 +35,10 @@ pub(crate) struct CommandLine {
 }
 
 /// What to do.
+// Only the options of the command that was given are described to clap, which takes memory. They are described after the
+// command itself, so the text above them must not be a doc comment: it would take the place of the command's.
 #[derive(Debug, Subcommand)]
+#[command(defer = true)]
 pub(crate) enum Command {
     /// Boot a guest and run it until it ends or has moved away
     #[command(after_help = EXIT_STATUS)]
@@ -82,7 +85,7 @@ pub(crate) enum Command {
     },
 }
 
-/// Where the control socket is.
+// Where the control socket is.
 #[derive(Debug, Args)]
 pub(crate) struct Client {
     /// The guest's control socket
@@ -90,7 +93,7 @@ pub(crate) struct Client {
     pub(crate) api: PathBuf,
 }
 
-/// A command that only reads.
+// A command that only reads.
 #[derive(Debug, Args)]
 pub(crate) struct Status {
     #[command(flatten)]
@@ -100,7 +103,7 @@ pub(crate) struct Status {
     pub(crate) json: bool,
 }
 
-/// `stop`.
+// `stop`.
 #[derive(Debug, Args)]
 pub(crate) struct Stop {
     #[command(flatten)]
@@ -110,7 +113,7 @@ pub(crate) struct Stop {
     pub(crate) force_after: Option<NonZeroU32>,
 }
 
-/// `resolve`.
+// `resolve`.
 #[derive(Debug, Args)]
 pub(crate) struct Resolve {
     #[command(flatten)]
@@ -139,7 +142,7 @@ impl From<OwnerArg> for Owner {
     }
 }
 
-/// `balloon`.
+// `balloon`.
 #[derive(Debug, Args)]
 pub(crate) struct BalloonArgs {
     #[command(flatten)]
@@ -149,7 +152,7 @@ pub(crate) struct BalloonArgs {
     pub(crate) target: Option<u64>,
 }
 
-/// `pulse`.
+// `pulse`.
 #[derive(Debug, Args)]
 pub(crate) struct Pulse {
     #[command(flatten)]
@@ -159,7 +162,7 @@ pub(crate) struct Pulse {
     pub(crate) times: NonZeroU32,
 }
 
-/// `migrate`.
+// `migrate`.
 #[derive(Debug, Args)]
 pub(crate) struct Migrate {
     #[command(flatten)]
@@ -202,7 +205,7 @@ impl From<ModeArg> for control::MigrationMode {
     }
 }
 
-/// What `run` and `receive` share.
+// What `run` and `receive` share.
 #[derive(Debug, Args)]
 pub(crate) struct Host {
     /// Serve the control API on this Unix socket
@@ -237,7 +240,7 @@ impl From<SeccompArg> for Seccomp {
     }
 }
 
-/// `run`.
+// `run`.
 #[derive(Debug, Args)]
 pub(crate) struct Run {
     /// The kernel: a bzImage or an ELF vmlinux
@@ -287,7 +290,7 @@ pub(crate) struct Run {
     name: String,
     /// The guest's identity, which stays when it moves; random if not given
     #[arg(long, value_name = "UUID")]
-    uuid: Option<Uuid>,
+    pub(crate) uuid: Option<Uuid>,
     #[command(flatten)]
     pub(crate) host: Host,
 }
@@ -303,7 +306,7 @@ enum BootArg {
     Long64,
 }
 
-/// `receive`.
+// `receive`.
 #[derive(Debug, Args)]
 pub(crate) struct Receive {
     /// Where to wait: tcp://HOST:PORT or unix:/PATH
@@ -329,9 +332,8 @@ pub(crate) struct Receive {
 }
 
 impl Run {
-    /// The machine that the options describe.
-    pub(crate) fn machine(&self) -> Result<MachineConfig, String> {
-        let uuid = self.uuid.unwrap_or_else(Uuid::new_v4);
+    /// The machine that the options describe, with the identity `uuid`.
+    pub(crate) fn machine(&self, uuid: Uuid) -> Result<MachineConfig, String> {
         let numbered =
             |kind: &'static str| move |(index, text): (usize, &String)| (format!("{kind}{index}"), text.clone());
         Ok(MachineConfig {
@@ -467,6 +469,17 @@ mod tests {
     use super::*;
     use clap::CommandFactory;
 
+    #[test]
+    fn the_help_of_a_command_is_what_the_list_of_commands_says() {
+        let about = |command: &clap::Command| command.get_about().map(ToString::to_string);
+        let (list, mut full) = (CommandLine::command(), CommandLine::command());
+        full.build();
+        for command in list.get_subcommands() {
+            let full = full.find_subcommand(command.get_name()).unwrap();
+            assert_eq!(about(command), about(full), "{}", command.get_name());
+        }
+    }
+
     fn run(options: &[&str]) -> Run {
         let command_line = ["godwit", "run", "--kernel", "/k"].iter().chain(options);
         match CommandLine::try_parse_from(command_line).unwrap().command {
@@ -493,7 +506,7 @@ mod tests {
             "--topology=1x2x2",
             "--serial=file:/s",
         ])
-        .machine()
+        .machine(Uuid::from_u128(7))
         .unwrap();
         assert_eq!(machine.memory.bytes, 1 << 30);
         assert_eq!(machine.disks[0].id, "blk0");
@@ -516,7 +529,7 @@ mod tests {
             (&["--net=tap=a,vhost=maybe"], "none of auto, on, off"),
             (&["--balloon=on,fast"], "does not know \"fast\""),
         ] {
-            let error = run(options).machine().unwrap_err();
+            let error = run(options).machine(Uuid::nil()).unwrap_err();
             assert!(error.contains(part), "{options:?}: {error}");
         }
         for bad in ["--serial=tty", "--dirty=bitmap", "--topology=4", "--topology=1x2xa", "--memory=lots", "--uuid=7"] {

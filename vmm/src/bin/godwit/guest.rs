@@ -10,7 +10,8 @@ use vmm::service::{Ended, Quitter, Service, Settings};
 
 /// Boots a guest and stays until it ends or has moved away.
 pub(crate) fn run(run: &Run) -> anyhow::Result<u8> {
-    let config = run.machine().map_err(UsageError)?;
+    let uuid = run.uuid.map_or_else(control::random_uuid, Ok)?;
+    let config = run.machine(uuid).map_err(UsageError)?;
     let service = Service::boot(config, settings(&run.host), quit_on_signals)?;
     Ok(say(&service.run()?))
 }

@@ -13,6 +13,9 @@ mod watch;
 use args::{Command, CommandLine};
 use clap::{CommandFactory, Parser};
 use std::process::ExitCode;
+use tracing_subscriber::filter::{LevelFilter, Targets};
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
 use vmm::service::ServiceError;
 
 /// Exit status for wrong usage, the same as clap's.
@@ -45,9 +48,11 @@ fn is_usage(error: &anyhow::Error) -> bool {
 }
 
 fn start_log(filter: &str) -> anyhow::Result<()> {
-    let filter = tracing_subscriber::EnvFilter::try_new(filter)
-        .map_err(|error| UsageError(format!("--log {filter:?} is not a filter: {error}")))?;
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    let filter: Targets =
+        filter.parse().map_err(|error| UsageError(format!("--log {filter:?} is not a filter: {error}")))?;
+    // The filter alone decides.
+    let lines = tracing_subscriber::fmt().with_max_level(LevelFilter::TRACE).with_writer(std::io::stderr);
+    lines.finish().with(filter).init();
     Ok(())
 }
 

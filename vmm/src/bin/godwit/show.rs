@@ -1,6 +1,9 @@
 //! Answers for people: short lines, with units; and for programs: JSON.
 
-use control::{BalloonInfo, DiskList, MigrationStatus, NicList, VmInfo};
+use control::{
+    BalloonInfo, DiskCounters, DiskInfo, DiskList, MigrationStatus, NicCounters, NicInfo, NicList, RoundInfo, StepInfo,
+    TargetPart, VmInfo,
+};
 use indicatif::HumanBytes;
 use serde::Serialize;
 
@@ -23,16 +26,59 @@ fn list(names: &[String]) -> String {
     if names.is_empty() { "none".to_owned() } else { names.join(", ") }
 }
 
+/// A migration that has just ended: the one line that matters, and where the time went.
+pub(crate) fn ended_migration(migration: &MigrationStatus) {
+    let MigrationStatus { mode, state, progress, rounds, total_ms, downtime_ms, error, .. } = migration;
+    let (mode, state, bytes) = (word(mode), word(state), HumanBytes(progress.bytes_sent));
+    let rounds = rounds.len();
+    match downtime_ms {
+        Some(downtime) => {
+            println!("{mode} migration {state}: {rounds} rounds, {bytes}, {total_ms}, downtime {downtime}");
+            details(migration);
+        }
+        None => println!("{mode} migration {state} after {rounds} rounds, {bytes}, {total_ms}"),
+    }
+    if let Some(error) = error {
+        eprintln!("godwit: {error}");
+    }
+}
+
+/// The current migration, or the last one.
 pub(crate) fn migration(migration: &MigrationStatus) {
     let MigrationStatus { peer, mode, state, progress, rounds, downtime_ms, total_ms, error, .. } = migration;
     println!("last migration: {} with {peer}, {}", word(mode), word(state));
-    println!("  rounds     {}", rounds.len());
-    println!("  moved      {} in {total_ms}", HumanBytes(progress.bytes_sent));
+    println!("  moved      {} in {} rounds, {total_ms}", HumanBytes(progress.bytes_sent), rounds.len());
     if let Some(downtime) = downtime_ms {
         println!("  downtime   {downtime}");
     }
+    details(migration);
+    for RoundInfo { round, pages, zero_pages, bytes, duration_ms, dirty_pages: _ } in rounds {
+        println!(
+            "  round {round:<4} {pages} pages, {zero_pages} of them zero, {} in {duration_ms}",
+            HumanBytes(*bytes)
+        );
+    }
     if let Some(error) = error {
         println!("  error      {error}");
+    }
+}
+
+/// What is known only at the end.
+fn details(migration: &MigrationStatus) {
+    let MigrationStatus { progress, steps, target_part, switched, verified, .. } = migration;
+    if let Some(TargetPart { restore_ms, start_ms }) = target_part {
+        println!("  at target  {restore_ms} to restore, {start_ms} to start, both within the downtime");
+    }
+    if let Some(predicted) = progress.predicted_downtime_ms {
+        let why = switched.map_or_else(String::new, |switched| format!(", {}", word(&switched)));
+        println!("  predicted  {predicted}{why}");
+    }
+    if !steps.is_empty() {
+        let step = |step: &StepInfo| format!("{} {}", word(&step.step), step.duration_ms);
+        println!("  steps      {}", steps.iter().map(step).collect::<Vec<_>>().join(", "));
+    }
+    if *verified == Some(true) {
+        println!("  verified   all memory is equal at both ends");
     }
 }
 
@@ -46,15 +92,27 @@ pub(crate) fn word(value: &impl Serialize) -> String {
 }
 
 pub(crate) fn disks(list: &DiskList) {
-    for disk in &list.disks {
-        let access = if disk.read_only { ", read-only" } else { "" };
-        println!("{}  {}  {}{access}", disk.id, disk.path, HumanBytes(disk.bytes));
+    for DiskInfo { id, path, bytes, read_only, counters } in &list.disks {
+        let access = if *read_only { ", read-only" } else { "" };
+        println!("{id}  {path}  {}{access}", HumanBytes(*bytes));
+        let DiskCounters { reads, read_bytes, writes, written_bytes, flushes, errors } = counters;
+        let (read, written) = (HumanBytes(*read_bytes), HumanBytes(*written_bytes));
+        println!("  {reads} reads ({read}), {writes} writes ({written}), {flushes} flushes, {errors} errors");
     }
 }
 
 pub(crate) fn nics(list: &NicList) {
-    for nic in &list.nics {
-        println!("{}  {}  {}  {}", nic.id, nic.tap, nic.mac, word(&nic.backend));
+    for NicInfo { id, tap, mac, backend, counters } in &list.nics {
+        println!("{id}  {tap}  {mac}  {}", word(backend));
+        match counters {
+            Some(NicCounters { received_packets, received_bytes, sent_packets, sent_bytes, dropped_packets }) => {
+                let (received, sent) = (HumanBytes(*received_bytes), HumanBytes(*sent_bytes));
+                println!(
+                    "  {received_packets} packets to the guest ({received}), {sent_packets} from it ({sent}), {dropped_packets} dropped"
+                );
+            }
+            None => println!("  packets are not counted: the kernel carries them; see `ip -s link show {tap}`"),
+        }
     }
 }
 

@@ -5,11 +5,10 @@ use crate::client::ask;
 use crate::show;
 use anyhow::{Context, bail};
 use control::{
-    After, Client, EventStream, Happening, JobId, MigrationMode, MigrationState, Millis, Progress, Reply, Request,
-    RoundInfo, StartMigration,
+    After, Client, EventStream, Happening, JobId, MigrationState, MigrationStatus, Progress, Reply, Request, RoundInfo,
+    StartMigration,
 };
 use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
-use serde::Serialize;
 
 /// The size of a guest page, in bytes.
 const PAGE: u64 = 4096;
@@ -45,20 +44,6 @@ pub(crate) fn stop(stop: &Stop) -> anyhow::Result<u8> {
     Ok(0)
 }
 
-/// What `migrate --json` prints.
-#[derive(Debug, Serialize)]
-struct Summary {
-    mode: MigrationMode,
-    state: MigrationState,
-    rounds: usize,
-    bytes: u64,
-    total_ms: Millis,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    downtime_ms: Option<Millis>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    error: Option<String>,
-}
-
 /// Starts a migration and follows it to its end.
 pub(crate) fn migrate(migrate: &Migrate) -> anyhow::Result<u8> {
     let client = &migrate.read.client;
@@ -73,17 +58,17 @@ pub(crate) fn migrate(migrate: &Migrate) -> anyhow::Result<u8> {
     });
     let Reply::Started(started) = ask(client, &request)? else { bail!("The migration was not started") };
     let bars = (!migrate.read.json).then(Bars::default);
-    let summary = follow(events, started.job, migrate.mode.into(), bars)?;
+    let status = follow(events, started.job, bars)?;
     if migrate.read.json {
-        show::json(&summary)?;
+        show::json(&status)?;
     } else {
-        tell(&summary);
+        show::ended_migration(&status);
     }
-    Ok(u8::from(summary.state != MigrationState::Completed))
+    Ok(u8::from(status.state != MigrationState::Completed))
 }
 
-fn follow(events: EventStream, job: JobId, mode: MigrationMode, mut bars: Option<Bars>) -> anyhow::Result<Summary> {
-    let mut rounds = Vec::new();
+/// Shows the migration's progress; how it ended.
+fn follow(events: EventStream, job: JobId, mut bars: Option<Bars>) -> anyhow::Result<MigrationStatus> {
     for event in events {
         let event = event.context("The migration was started, but its end is not known; ask `godwit status`")?;
         match event.what {
@@ -92,31 +77,15 @@ fn follow(events: EventStream, job: JobId, mode: MigrationMode, mut bars: Option
             }
             Happening::RoundEnded { job: of, round } if of == job => {
                 bars.iter_mut().for_each(|bars| bars.round_done(&round));
-                rounds.push(round);
             }
-            Happening::MigrationEnded { job: of, state, downtime_ms, total_ms, error } if of == job => {
+            Happening::MigrationEnded { migration } if migration.job == job => {
                 bars.iter_mut().for_each(Bars::end);
-                let bytes = rounds.iter().map(|round| round.bytes).sum();
-                return Ok(Summary { mode, state, rounds: rounds.len(), bytes, total_ms, downtime_ms, error });
+                return Ok(*migration);
             }
             _ => {}
         }
     }
     bail!("The Godwit ended before it told the end of the migration")
-}
-
-fn tell(summary: &Summary) {
-    let Summary { mode, state, rounds, bytes, total_ms, downtime_ms, error } = summary;
-    let downtime = downtime_ms.map_or_else(String::new, |downtime| format!(", downtime {downtime}"));
-    println!(
-        "{} migration {}: {rounds} rounds, {}, {total_ms}{downtime}",
-        show::word(mode),
-        show::word(state),
-        HumanBytes(*bytes)
-    );
-    if let Some(error) = error {
-        eprintln!("godwit: {error}");
-    }
 }
 
 /// One progress bar a round.

@@ -1,0 +1,121 @@
+//! The guest leaves: the machine goes to a migration's thread and comes back, or does not, or nobody knows yet.
+//!
+//! Invariant: a machine that came out of a doubt is kept only on the engine's word that it is this host's.
+
+use super::outgoing::{self, Departure, Outgoing};
+use super::requests::not_here;
+use super::watcher::{begun, post_failure, post_report};
+use super::{Ended, Holding, Message, Service};
+use crate::machine::Machine;
+use crate::migrate::leaving::Leaving;
+use control::{
+    ApiError, JobId, JobStarted, MigrationRole, MigrationState, MigrationStep, Phase, Reply, StartMigration,
+};
+use migration::wire::FrameError;
+use migration::{Failed, HostClock, InDoubt, Outcome, SourceError, in_words};
+use std::time::{Duration, Instant};
+
+/// How often a target is asked whose the guest is.
+const ASK_EVERY: Duration = Duration::from_secs(2);
+
+impl Service {
+    pub(super) fn start_migration(&mut self, request: &StartMigration) -> Result<Reply, ApiError> {
+        let job = JobId::random().map_err(|error| ApiError::failed(&error))?;
+        let Holding::Here(machine) = std::mem::replace(&mut self.holding, Holding::Asking) else {
+            return Err(not_here());
+        };
+        let phase = self.board.phase();
+        self.board.enter(Phase::Migrating);
+        let step = MigrationStep::Connecting;
+        self.board.begin_migration(begun(job, MigrationRole::Source, request.to.clone(), request.mode, step));
+        let ownership = self.ownership(machine.config().uuid);
+        match Outgoing::start(machine, request, job, ownership, self.board.clone(), self.inbox.0.clone()) {
+            Ok(outgoing) => {
+                self.destination = Some(request.to.clone());
+                self.holding = Holding::Away(outgoing);
+                Ok(Reply::Started(JobStarted { job }))
+            }
+            Err((machine, error)) => {
+                self.holding = Holding::Here(machine);
+                self.board.enter(phase);
+                post_failure(&self.board, MigrationState::Failed, error.to_string());
+                Err(ApiError::failed(&error))
+            }
+        }
+    }
+
+    pub(super) fn on_left(&mut self, departure: Departure) -> Option<Ended> {
+        match departure {
+            Departure::Unreachable(machine, error) => self.stays(machine, MigrationState::Failed, in_words(&error)),
+            Departure::Decided(outcome) => match *outcome {
+                Outcome::HandedOver(report) => {
+                    self.board.enter(Phase::MovedAway);
+                    post_report(&self.board, &report);
+                    self.destination.take().map(Ended::MovedAway)
+                }
+                Outcome::StillOurs(Failed { cause, guest, stuck }) => {
+                    let state = match cause {
+                        SourceError::Cancelled => MigrationState::Cancelled,
+                        _ => MigrationState::Failed,
+                    };
+                    let mut words = in_words(&cause) + remedy(&cause);
+                    if let Some(stuck) = stuck {
+                        words += &format!(". The guest is still here, but {}", in_words(&stuck));
+                    }
+                    self.stays(Box::new(guest.into_machine()), state, words)
+                }
+                Outcome::InDoubt(doubt) => {
+                    self.doubts(doubt);
+                    None
+                }
+            },
+        }
+    }
+
+    /// Asks the target of a migration in doubt, if it is time.
+    pub(super) fn ask_target(&mut self) {
+        if let Holding::InDoubt { doubt, .. } = std::mem::replace(&mut self.holding, Holding::Asking)
+            && let Some(to) = self.destination.clone()
+        {
+            outgoing::ask_target(doubt, to, &self.inbox.0);
+        }
+    }
+
+    fn doubts(&mut self, doubt: InDoubt<Leaving>) {
+        if self.board.phase() != Phase::InDoubt {
+            self.board.enter(Phase::InDoubt);
+            post_failure(&self.board, MigrationState::InDoubt, in_words(doubt.cause()));
+        }
+        self.holding = Holding::InDoubt { doubt: Box::new(doubt), ask_at: Instant::now() + ASK_EVERY };
+    }
+
+    /// The guest is this host's after all.
+    fn stays(&mut self, machine: Box<Machine>, state: MigrationState, why: String) -> Option<Ended> {
+        tracing::warn!(why, "the guest has not moved");
+        self.keep(machine);
+        post_failure(&self.board, state, why);
+        self.end.take().map(Ended::Guest)
+    }
+
+    pub(super) fn resolve(&mut self, owner: control::Owner) -> Result<Reply, ApiError> {
+        let Holding::InDoubt { doubt, .. } = std::mem::replace(&mut self.holding, Holding::Asking) else {
+            return Err(ApiError::Busy { what: "questions to the target" });
+        };
+        let owner = match owner {
+            control::Owner::Source => migration::Owner::Source,
+            control::Owner::Target => migration::Owner::Target,
+        };
+        let settled = Departure::Decided(Box::new(doubt.settle(owner, &HostClock::new())));
+        let _ = self.inbox.0.send(Message::Left(settled));
+        Ok(Reply::Done)
+    }
+}
+
+/// What to do about a target with which there is no talking.
+fn remedy(cause: &SourceError) -> &'static str {
+    match cause {
+        SourceError::Frame(FrameError::NotOurs { .. }) => "; give the address of a `godwit receive`",
+        SourceError::Frame(FrameError::Version { .. }) => "; run the same version of godwit at both ends",
+        _ => "",
+    }
+}

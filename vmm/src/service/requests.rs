@@ -1,0 +1,136 @@
+//! What API threads ask for, done in order by the loop that has the machine.
+//!
+//! A request is admitted by phase first. Who has lost the guest by what it was asked says so to the loop, which ends.
+
+use super::incoming::Incoming;
+use super::{Holding, Message, Service};
+use crate::machine::{DiskLocks, Machine, MachineError, Resources};
+use control::{ApiError, Phase, Pulsed, Reply, Request, admit};
+use std::time::{Duration, Instant};
+
+impl Service {
+    /// Does what is asked of a machine that is here.
+    pub(super) fn answer(&mut self, request: Request) -> Result<Reply, ApiError> {
+        // The phase may have changed since the server asked.
+        admit(self.board.phase(), &request)?;
+        match request {
+            Request::ShowVm => Ok(Reply::Vm(self.board.vm())),
+            Request::ListDisks => Ok(Reply::Disks(self.board.disks())),
+            Request::ListNics => Ok(Reply::Nics(self.board.nics())),
+            Request::ShowMigration => Ok(Reply::Migration(self.board.last_migration())),
+            Request::ShowBalloon => self.board.balloon().map(Reply::Balloon).ok_or_else(no_balloon),
+            Request::Pause => self.with_machine(Machine::stand).map(|()| {
+                self.board.enter(Phase::Paused);
+                Reply::Done
+            }),
+            Request::Resume => self.on_machine(Machine::run).map(|()| {
+                self.board.enter(Phase::Running);
+                Reply::Done
+            }),
+            Request::PowerButton => self.press_power_button(),
+            Request::Stop(stop) => {
+                self.force_stop_at =
+                    stop.force_after_s.map(|seconds| Instant::now() + Duration::from_secs(seconds.get().into()));
+                self.press_power_button()
+            }
+            Request::Kill => Ok(Reply::Done),
+            Request::Reset => self.reset(),
+            Request::SetBalloon(target) => self.set_balloon(target.target_bytes),
+            Request::StartMigration(migration) => self.start_migration(&migration),
+            Request::CancelMigration => {
+                match &self.holding {
+                    Holding::Away(outgoing) => outgoing.cancel(),
+                    Holding::Expected => self.incoming.iter().for_each(Incoming::cancel),
+                    Holding::Here(_) | Holding::InDoubt { .. } | Holding::Asking => {}
+                }
+                Ok(Reply::Done)
+            }
+            Request::ResolveMigration(resolve) => self.resolve(resolve.owner),
+            Request::Pulse(pulse) => self.pulse(pulse.times.get()),
+        }
+    }
+
+    fn on_machine(&mut self, lead: impl FnOnce(&mut Machine)) -> Result<(), ApiError> {
+        self.with_machine(|machine| {
+            lead(machine);
+            Ok(())
+        })
+    }
+
+    fn with_machine<T>(&mut self, lead: impl FnOnce(&mut Machine) -> Result<T, MachineError>) -> Result<T, ApiError> {
+        let Holding::Here(machine) = &mut self.holding else { return Err(not_here()) };
+        lead(machine).map_err(|error| ApiError::failed(&error))
+    }
+
+    fn press_power_button(&mut self) -> Result<Reply, ApiError> {
+        self.on_machine(|machine| machine.press_power_button()).map(|()| Reply::Done)
+    }
+
+    fn set_balloon(&mut self, bytes: u64) -> Result<Reply, ApiError> {
+        let Holding::Here(machine) = &self.holding else { return Err(not_here()) };
+        let balloon = machine.balloon().ok_or_else(no_balloon)?;
+        balloon
+            .with(|balloon, io| balloon.set_target(io, bytes))
+            .map(|()| Reply::Done)
+            .map_err(|error| ApiError::InvalidValue { field: "target_bytes", reason: error.to_string() })
+    }
+
+    /// Takes the machine apart and powers a new one on, on the same console.
+    fn reset(&mut self) -> Result<Reply, ApiError> {
+        let failed = |error: MachineError| ApiError::failed(&error);
+        let Holding::Here(machine) = std::mem::replace(&mut self.holding, Holding::Expected) else {
+            return Err(not_here());
+        };
+        let config = machine.config().clone();
+        drop(machine);
+        let resources = Resources::open(&config, DiskLocks::Take).map_err(|error| failed(error.into()));
+        let machine = resources.and_then(|resources| self.power_on(config, resources).map_err(failed));
+        match machine {
+            Ok(mut machine) => {
+                machine.run();
+                self.keep(Box::new(machine));
+                Ok(Reply::Done)
+            }
+            Err(error) => {
+                // There is no guest any more, and nobody to give one.
+                let _ = self.inbox.0.send(Message::Lost("The guest ended because it could not be reset"));
+                Err(error)
+            }
+        }
+    }
+
+    /// Saves the machine, takes it apart and restores it from its saved state, with its memory and resources kept.
+    fn pulse(&mut self, times: u32) -> Result<Reply, ApiError> {
+        let (mut longest, mut state_bytes) = (Duration::ZERO, 0);
+        for _ in 0..times {
+            let Holding::Here(machine) = std::mem::replace(&mut self.holding, Holding::Expected) else {
+                return Err(not_here());
+            };
+            let begun = Instant::now();
+            let running = machine.is_running();
+            match machine.pulse(&self.kvm, self.end_listener()) {
+                Ok((mut restored, bytes)) => {
+                    if running {
+                        restored.run();
+                    }
+                    state_bytes = bytes;
+                    self.keep(Box::new(restored));
+                }
+                Err(error) => {
+                    let _ = self.inbox.0.send(Message::Lost("The guest ended because a pulse failed"));
+                    return Err(ApiError::failed(&error));
+                }
+            }
+            longest = longest.max(begun.elapsed());
+        }
+        Ok(Reply::Pulsed(Pulsed { times, state_bytes, longest_ms: longest.into() }))
+    }
+}
+
+fn no_balloon() -> ApiError {
+    ApiError::NoSuchDevice { device: "balloon; start it with --balloon on".to_owned() }
+}
+
+pub(super) fn not_here() -> ApiError {
+    ApiError::Failed { message: "The guest is not here at this moment; try again".to_owned() }
+}
