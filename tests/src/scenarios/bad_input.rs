@@ -99,7 +99,7 @@ fn kernels(context: &Context) -> Result<()> {
         ("/nonexistent/vmlinux".to_owned(), "Could not open the kernel /nonexistent/vmlinux"),
         (file("header", &whole[..100])?, "is truncated: it has 100 bytes"),
         (file("half", &whole[..whole.len() / 3])?, "is truncated"),
-        (file("arm", &foreign_kernel(183))?, "is for 64-bit ARM, and this machine is x86-64"),
+        (file("arm", &foreign_kernel(183))?, "is for 64-bit ARM; this machine is x86-64"),
         (file("text", &[b'x'; 4096])?, "is not a kernel that can be booted"),
         (file("empty", b"")?, "is empty"),
         (context.work.display().to_string(), "kernel"),
