@@ -14,7 +14,7 @@ use crate::lab::wire::End;
 use crate::lab::{CONSOLE_LINES, Event, Lab};
 use crate::place::{Choice, Place, kvm_works};
 use crate::scenario::{Needs, Scenario, select};
-use crate::scenarios::{ALL, SOAK};
+use crate::scenarios::ALL;
 use crate::tally::Tally;
 
 /// What a run takes beside the scenarios' own times: cleaning up after each.
@@ -24,6 +24,7 @@ const SLACK: Duration = Duration::from_secs(30);
 const LAB_SCENARIOS: &str = "/lab/scenarios";
 const LAB_GODWIT: &str = "/lab/godwit";
 const LAB_IMAGES: &str = "/lab/images";
+const LAB_DISKS: &str = "/lab/disks";
 
 /// What to run and with what.
 #[derive(Debug)]
@@ -32,10 +33,11 @@ pub struct Plan {
     pub binaries: PathBuf,
     /// The folder with the guest images that scenarios use; copied into the lab as a whole.
     pub images: PathBuf,
+    /// Makes the `debian` image, or finds it, when a chosen scenario uses it: the folder [`DISKS`](crate::scenario::DISKS) beside `images`, with
+    /// `debian.img` and `ssh-key`.
+    pub debian: fn() -> Result<PathBuf>,
     /// Parts of names; all scenarios without any.
     pub filters: Vec<String>,
-    /// Whether the soak scenarios run too.
-    pub soak: bool,
     /// Where Linux guests run.
     pub choice: Choice,
     /// Memory of a lab.
@@ -46,17 +48,12 @@ impl Plan {
     /// Runs the chosen scenarios where each can run. An error is a failure of the harness, not of a scenario.
     pub fn run(&self) -> Result<Tally> {
         let host_has_kvm = kvm_works().is_ok();
-        let (soak, mut chosen): (Vec<&Scenario>, Vec<&Scenario>) =
-            select(ALL, &self.filters).into_iter().partition(|scenario| SOAK.contains(&scenario.name));
-        if self.soak {
-            chosen.extend(soak);
-        } else if !soak.is_empty() {
-            let names: Vec<_> = soak.iter().map(|scenario| scenario.name).collect();
-            println!("Not run, for they need --soak: {}", names.join(", "));
-        }
+        let chosen = select(ALL, &self.filters);
+        let with_debian = chosen.iter().any(|scenario| scenario.needs == Needs::Debian);
+        let debian = with_debian.then(self.debian).transpose()?;
         let (host, lab): (Vec<_>, Vec<_>) = chosen.into_iter().partition(|scenario| match scenario.needs {
             Needs::Kvm => host_has_kvm,
-            Needs::LinuxGuests => self.choice.place == Place::Host,
+            Needs::LinuxGuests | Needs::Debian => self.choice.place == Place::Host,
             Needs::Lab => false,
         });
         let mut tally = Tally::default();
@@ -66,7 +63,7 @@ impl Plan {
         }
         if !lab.is_empty() {
             eprintln!("{} in a lab; {}", scenarios(lab.len()), self.choice);
-            tally += self.run_in_lab(&lab)?;
+            tally += self.run_in_lab(&lab, debian.as_deref())?;
         }
         Ok(tally)
     }
@@ -89,15 +86,21 @@ impl Plan {
         closing.tally.with_context(|| format!("The scenarios ended without a closing line ({status})"))
     }
 
-    fn run_in_lab(&self, scenarios: &[&Scenario]) -> Result<Tally> {
+    fn run_in_lab(&self, scenarios: &[&Scenario], debian: Option<&Path>) -> Result<Tally> {
         let limit = scenarios.iter().map(|scenario| scenario.timeout + SLACK).sum::<Duration>();
-        let lab = Lab::builder()
+        let mut lab = Lab::builder()
             .memory_mib(self.lab_memory_mib)
             .lifetime(limit + SLACK * 4)
             .file(self.binaries.join("scenarios"), LAB_SCENARIOS)
             .file(self.binaries.join("godwit"), LAB_GODWIT)
-            .file(&self.images, LAB_IMAGES)
-            .boot()?;
+            .file(&self.images, LAB_IMAGES);
+        if let Some(debian) = debian {
+            lab = lab
+                .disk(debian.join("debian.img"), &format!("{LAB_DISKS}/debian.img"))
+                .file(debian.join("ssh-key"), &format!("{LAB_DISKS}/ssh-key"))
+                .program("/usr/bin/ssh");
+        }
+        let lab = lab.boot()?;
         eprintln!("The lab runs by {}; it was up after {:.1} s", lab.accelerator(), lab.boot_time().as_secs_f32());
         lab.problems().iter().for_each(|problem| eprintln!("The lab says: {problem}"));
         self.follow(&lab, scenarios, limit)

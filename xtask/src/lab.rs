@@ -43,6 +43,9 @@ pub(crate) struct Options {
     /// Bring a file or folder along, as HOST-PATH or HOST-PATH:LAB-PATH (without one: /lab/NAME).
     #[arg(long, value_name = "PATH[:PATH]", value_parser = brought_file)]
     file: Vec<(PathBuf, String)>,
+    /// Attach a disk image without copying it, named as with --file; what the lab writes to it is thrown away.
+    #[arg(long, value_name = "PATH[:PATH]", value_parser = brought_file)]
+    disk: Vec<(PathBuf, String)>,
     /// Bring a program of this machine along with its libraries.
     #[arg(long, value_name = "PATH")]
     program: Vec<PathBuf>,
@@ -62,6 +65,7 @@ pub(crate) fn lab(options: Options) -> Result<ExitCode> {
     builder =
         builder.lifetime(options.timeout + Duration::from_secs(120)).file(binaries()?.join("godwit"), "/lab/godwit");
     builder = options.file.iter().fold(builder, |builder, (from, to)| builder.file(from, to));
+    builder = options.disk.iter().fold(builder, |builder, (from, to)| builder.disk(from, to));
     builder = options.program.iter().fold(builder, |builder, program| builder.program(program));
     eprintln!("Booting the lab");
     let lab = builder.boot()?;

@@ -19,7 +19,15 @@ pub(crate) fn for_lab() -> Vec<&'static str> {
 
 /// Packages of `cargo xtask test`.
 pub(crate) fn for_test() -> Vec<&'static str> {
-    [LAB, kernel::PACKAGES, tiny::PACKAGES, micro::PACKAGES, debian::PACKAGES, &["curl"]].concat()
+    [
+        LAB,
+        kernel::PACKAGES,
+        tiny::PACKAGES,
+        micro::PACKAGES,
+        debian::PACKAGES,
+        &["curl", "iputils-ping", "openssh-client"],
+    ]
+    .concat()
 }
 
 /// Installs those that are missing, and says which before it does.

@@ -10,6 +10,7 @@ use std::time::Instant;
 use anyhow::{Context, Result};
 use clap::Args;
 use godwit_tests::place::Choice;
+use godwit_tests::scenario::DISKS;
 use godwit_tests::shipping::Plan;
 use godwit_tests::tally::Tally;
 use guest_images::{DEFAULT_CACHE, Images};
@@ -26,9 +27,6 @@ pub(crate) struct Options {
     /// Only tests and scenarios with this in their names; may be given several times.
     #[arg(long)]
     filter: Vec<String>,
-    /// Run the soak scenarios too: Linux guests moved many times. In an emulated lab they can lock up the lab's kernel.
-    #[arg(long)]
-    soak: bool,
 }
 
 /// Runs the tests and prints the closing line.
@@ -82,7 +80,7 @@ fn scenarios(options: &Options) -> Result<Tally> {
     // The trial boot belongs to `godwit` itself and comes with it.
     let choice = Choice::make(|| Ok(()))?;
     let filters = options.filter.clone();
-    Plan { binaries, images, filters, soak: options.soak, choice, lab_memory_mib: LAB_MEMORY_MIB }.run()
+    Plan { binaries, images, debian, filters, choice, lab_memory_mib: LAB_MEMORY_MIB }.run()
 }
 
 fn link(image: &Path, link: &Path) -> Result<()> {
@@ -97,8 +95,7 @@ pub(crate) fn scenario_images(binaries: &Path) -> Result<PathBuf> {
     let cache = root().join(DEFAULT_CACHE);
     let images = Images::open(&cache)?;
     let (tiny, micro) = (images.tiny(&binaries.join("verifier"))?, images.micro()?);
-    let folder = cache.join("scenarios");
-    fs::create_dir_all(&folder)?;
+    let folder = scenario_folder("images")?;
     let images = [
         ("vmlinux", tiny.kernel.vmlinux()),
         ("vmlinuz", tiny.kernel.bzimage()),
@@ -108,6 +105,22 @@ pub(crate) fn scenario_images(binaries: &Path) -> Result<PathBuf> {
     for (name, image) in images {
         link(image.as_ref(), &folder.join(name))?;
     }
+    Ok(folder)
+}
+
+/// The folder with the disk of the `debian` image and its key under their plain names, as links into the image cache.
+fn debian() -> Result<PathBuf> {
+    let debian = Images::open(&root().join(DEFAULT_CACHE))?.debian(&binaries()?.join("verifier"))?;
+    let folder = scenario_folder(DISKS)?;
+    link(&debian.disk, &folder.join("debian.img"))?;
+    link(&debian.ssh_key, &folder.join("ssh-key"))?;
+    Ok(folder)
+}
+
+/// A folder of what scenarios use, in the image cache.
+fn scenario_folder(name: &str) -> Result<PathBuf> {
+    let folder = root().join(DEFAULT_CACHE).join("scenarios").join(name);
+    fs::create_dir_all(&folder).with_context(|| format!("Cannot make {}", folder.display()))?;
     Ok(folder)
 }
 

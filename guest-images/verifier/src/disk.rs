@@ -22,6 +22,9 @@ const STEP: u64 = 16;
 const REST: Duration = Duration::from_millis(2);
 const BLOCK: u64 = 4096;
 
+/// Blocks that a report reads at once: it is mostly waiting for the disk.
+const RUN: usize = 32;
+
 /// What the disk mode found.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DiskReport {
@@ -48,7 +51,8 @@ pub struct Disk {
     /// The generation of each block; 0 means unknown.
     generations: Vec<u64>,
     next_generation: u64,
-    buffer: Box<Page>,
+    /// What is read or written: one block, or in a report a run of them.
+    pages: Box<[Page]>,
     written: u64,
     flushes: u64,
     verified: u64,
@@ -75,7 +79,7 @@ impl Disk {
             stream: Stream(u64::from(std::process::id())),
             generations: vec![0; blocks],
             next_generation: 1,
-            buffer: Box::new(Page::zeroed()),
+            pages: (0..RUN.min(blocks)).map(|_| Page::zeroed()).collect(),
             written: 0,
             flushes: 0,
             verified: 0,
@@ -87,9 +91,9 @@ impl Disk {
         self.verify(block);
         let generation = self.next_generation;
         self.next_generation += 1;
-        self.buffer.fill(self.stream, block as u64, generation);
+        self.pages[0].fill(self.stream, block as u64, generation);
         self.generations[block] = 0;
-        match self.file.write_all_at(self.buffer.as_bytes(), block as u64 * BLOCK) {
+        match self.file.write_all_at(self.pages[0].as_bytes(), block as u64 * BLOCK) {
             Ok(()) => {
                 self.generations[block] = generation;
                 self.written += 1;
@@ -99,19 +103,41 @@ impl Disk {
     }
 
     fn verify(&mut self, block: usize) {
-        let generation = self.generations[block];
-        if generation == 0 {
+        if self.generations[block] == 0 {
             return;
         }
-        if let Err(error) = self.file.read_exact_at(self.buffer.as_mut_bytes(), block as u64 * BLOCK) {
+        if let Err(error) = self.read(block, 1) {
             self.faults.add(format!("reading block {block}: {error}"));
-            return;
         }
-        self.verified += 1;
-        if let Err(mismatch) = self.buffer.check(self.stream, block as u64, generation) {
-            self.faults.add(format!("disk {mismatch}"));
-            self.generations[block] = 0;
+    }
+
+    fn verify_all(&mut self) {
+        let blocks = self.generations.len();
+        for first in (0..blocks).step_by(RUN) {
+            let count = RUN.min(blocks - first);
+            if self.read(first, count).is_err() {
+                // One by one, to tell which of them cannot be read.
+                (first..first + count).for_each(|block| self.verify(block));
+            }
         }
+    }
+
+    /// Reads neighbouring blocks and compares them with what was written last, where that is known.
+    fn read(&mut self, first: usize, count: usize) -> io::Result<()> {
+        let pages = &mut self.pages[..count];
+        self.file.read_exact_at(pages.as_mut_bytes(), first as u64 * BLOCK)?;
+        for (page, block) in pages.iter().zip(first..) {
+            let generation = &mut self.generations[block];
+            if *generation == 0 {
+                continue;
+            }
+            self.verified += 1;
+            if let Err(mismatch) = page.check(self.stream, block as u64, *generation) {
+                self.faults.add(format!("disk {mismatch}"));
+                *generation = 0;
+            }
+        }
+        Ok(())
     }
 
     fn flush(&mut self) {
@@ -137,7 +163,7 @@ impl Work for Disk {
 
     fn report(&mut self) -> DiskReport {
         self.flush();
-        (0..self.generations.len()).for_each(|block| self.verify(block));
+        self.verify_all();
         DiskReport {
             blocks: self.generations.len() as u64,
             direct: self.direct,

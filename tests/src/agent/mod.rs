@@ -4,17 +4,17 @@
 //! orphans. When the server ends, for whatever reason, the machine is switched off, so a broken lab never lingers. The
 //! binary `lab-agent` is nothing but a call of [`main`].
 
-use std::path::Path;
 use std::process::{Command, ExitCode};
 
+use anyhow::{Context, Result};
 use rustix::process::{Pid, WaitOptions};
 use rustix::system::{RebootCommand, reboot};
 
-use crate::lab::root::PACEMAKER;
+use crate::lab::root::BYSTANDER;
 
 mod anchor;
 mod boot;
-mod pacemaker;
+mod bystander;
 mod program;
 mod serve;
 
@@ -44,14 +44,13 @@ pub fn main() -> ExitCode {
 }
 
 /// Brings the machine up, starts the server, and reaps until the server has ended.
-fn init() -> anyhow::Result<()> {
+fn init() -> Result<()> {
+    if std::env::var_os(BYSTANDER).is_some() {
+        bystander::keep_off_first_processor().context("keep off the first processor")?;
+    }
     let mut problems = boot::boot()?;
     let anchor = anchor::Anchor::cast();
     problems.extend(anchor.as_ref().err().map(|error| format!("KVM is not held steady: {error:#}")));
-    let pacemaker = Path::new(PACEMAKER);
-    if pacemaker.exists() {
-        problems.extend(pacemaker::start(pacemaker).err().map(|error| format!("There is no pacemaker: {error:#}")));
-    }
     let server = Command::new("/proc/self/exe").arg("serve").args(problems).spawn()?;
     let server = i32::try_from(server.id()).ok().and_then(Pid::from_raw);
     loop {

@@ -14,7 +14,7 @@ use tempfile::TempDir;
 
 use super::channel::Channel;
 use super::machine::{Hardware, INITRAMFS, Machine, ROOT_IMAGE};
-use super::root::{DISKS_FILE, MODULES, PACEMAKER, PACEMAKER_SERIAL, RootTree};
+use super::root::{DISKS_FILE, MODULES, RootTree};
 use super::wire::Ready;
 use super::{CONSOLE_LINES, Lab};
 use crate::network::{HostName, MAX_HOSTS};
@@ -152,8 +152,7 @@ impl LabBuilder {
         let mut further = kernel.modules(&wanted)?;
         further.retain(|module| !bus.contains(module));
         let disks = self.numbered_disks();
-        let mut tree = self.root_tree(&further)?;
-        tree.write(DISKS_FILE, &disk_lines(accelerator, &disks), 0o644)?;
+        let tree = self.root_tree(&further, &disks)?;
         tree.into_image(&folder.path().join(ROOT_IMAGE), u64::from(self.free_mib) << 20)?;
         let hardware = Hardware {
             accelerator,
@@ -186,7 +185,7 @@ impl LabBuilder {
         numbered.map(|(number, (image, path))| (image.clone(), format!("lab-disk-{number}"), path.clone())).collect()
     }
 
-    fn root_tree(&self, modules: &[Module]) -> Result<RootTree> {
+    fn root_tree(&self, modules: &[Module], disks: &[(PathBuf, String, String)]) -> Result<RootTree> {
         let mut tree = RootTree::new(Path::new(BUSYBOX))?;
         for (number, module) in modules.iter().enumerate() {
             tree.add(&module.path, &module_path(number, module))?;
@@ -199,6 +198,8 @@ impl LabBuilder {
         for (from, to) in &self.files {
             tree.add(from, to)?;
         }
+        let lines: String = disks.iter().map(|(_, serial, path)| format!("{serial} {path}\n")).collect();
+        tree.write(DISKS_FILE, &lines, 0o644)?;
         let mut names = "127.0.0.1 localhost lab\n".to_owned();
         for host in HostName::first(MAX_HOSTS)? {
             names += &format!("{} {host}\n", host.address());
@@ -208,13 +209,6 @@ impl LabBuilder {
         tree.write("/etc/hosts", &names, 0o644)?;
         Ok(tree)
     }
-}
-
-/// Serial number and path in the lab of each disk beside the root, a line each.
-fn disk_lines(accelerator: Accelerator, disks: &[(PathBuf, String, String)]) -> String {
-    let pacemaker = (accelerator == Accelerator::Tcg).then(|| format!("{PACEMAKER_SERIAL} {PACEMAKER}\n"));
-    let further = disks.iter().map(|(_, serial, path)| format!("{serial} {path}\n"));
-    pacemaker.into_iter().chain(further).collect()
 }
 
 /// The kernel of an image cache. apt takes a second or two to name the newest one; a process asks once per cache.

@@ -19,9 +19,8 @@ pub(crate) const MODULES: &str = "/modules";
 /// Serial number of the root disk.
 pub(crate) const ROOT_SERIAL: &str = "lab-root";
 
-/// Serial number of the disk that sets the pace of an emulated lab, and where the lab sees it.
-pub(crate) const PACEMAKER_SERIAL: &str = "lab-pacemaker";
-pub(crate) const PACEMAKER: &str = "/dev/lab-pacemaker";
+/// Argument of the kernel, and with it a variable of process 1, that keeps what the lab runs off the first processor.
+pub(crate) const BYSTANDER: &str = "lab_bystander";
 
 /// Lists the further disks: per line a serial number and the path that the lab wants it at.
 pub(crate) const DISKS_FILE: &str = "/etc/lab-disks";

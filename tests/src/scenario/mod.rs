@@ -19,6 +19,8 @@ pub enum Needs {
     Kvm,
     /// Where stock Linux guests run: on this host if it can, else in a lab.
     LinuxGuests,
+    /// As `LinuxGuests`, with the disk of the `debian` image, which takes minutes to make the first time.
+    Debian,
     /// In a lab always: joins hosts by a network with delay, or changes the machine in other ways.
     Lab,
 }
@@ -47,6 +49,16 @@ pub struct Context {
     pub images: PathBuf,
     /// A folder of its own. Sockets in it must be gone at the end; other files may stay.
     pub work: PathBuf,
+}
+
+/// Name of the folder, beside that of the images, with disks that are too big to be copied along.
+pub const DISKS: &str = "disks";
+
+impl Context {
+    /// Path of a disk; what a scenario writes to it must not outlive a lab, so on a host it takes a copy.
+    pub fn disk(&self, name: &str) -> PathBuf {
+        self.images.with_file_name(DISKS).join(name)
+    }
 }
 
 /// Finds a scenario by its whole name.

@@ -38,19 +38,19 @@ pub(super) const MICRO_TWO_REGIONS: Scenario = Scenario {
 /// See its `about`.
 pub(super) const LINUX: Scenario = Scenario {
     name: "migrate-linux",
-    about: "Linux with 1 vCPU, disk and TCP connection is moved there and back 4 times, live and stopped in turn; nothing is lost",
+    about: "Linux with 1 vCPU, disk and TCP connection is moved there and back 25 times, live and stopped in turn; nothing is lost",
     needs: Needs::LinuxGuests,
-    timeout: Duration::from_secs(240),
-    run: |context| linux(context, 1, 4),
+    timeout: Duration::from_secs(900),
+    run: |context| linux(context, 1, 25),
 };
 
 /// See its `about`.
 pub(super) const LINUX_SMP: Scenario = Scenario {
     name: "migrate-linux-smp",
-    about: "Linux with 4 vCPUs, disk and TCP connection is moved there and back 4 times, live and stopped in turn; nothing is lost",
+    about: "Linux with 4 vCPUs, disk and TCP connection is moved there and back 25 times, live and stopped in turn; nothing is lost",
     needs: Needs::LinuxGuests,
-    timeout: Duration::from_secs(240),
-    run: |context| linux(context, 4, 4),
+    timeout: Duration::from_secs(900),
+    run: |context| linux(context, 4, 25),
 };
 
 /// See its `about`.

@@ -6,6 +6,7 @@ mod api;
 mod bad_input;
 mod bad_targets;
 mod boot;
+mod debian;
 mod ends;
 mod handmade;
 mod migrate;
@@ -34,7 +35,5 @@ pub const ALL: &[Scenario] = &[
     migrate::LINUX,
     migrate::LINUX_SMP,
     migrate::PULSE,
+    debian::DEBIAN,
 ];
-
-/// Names of the scenarios that move Linux many times. They run when asked for.
-pub const SOAK: &[&str] = &["readme-moves", "migrate-linux", "migrate-linux-smp", "pulse-linux"];

@@ -1,7 +1,9 @@
 //! The README's blocks of commands, run as they stand there.
 
+use std::fs::{self, File};
 use std::os::unix::fs::symlink;
-use std::process::Command;
+use std::path::Path;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
@@ -33,7 +35,7 @@ fn moves(context: &Context) -> Result<()> {
     for image in ["vmlinux", "initramfs"] {
         symlink(context.images.join(image), context.work.join(image))?;
     }
-    let output = run(context, &context.work, "readme-moves")?;
+    let output = run(context, &context.work, &block("readme-moves")?)?;
     ensure!(output.contains("live migration completed"), "The migration is not told:\n{output}");
     ensure!(output.contains(" is running"), "The status is not told:\n{output}");
     Ok(())
@@ -43,27 +45,37 @@ fn api(context: &Context) -> Result<()> {
     let kernel = context.images.join("micro.elf").display().to_string();
     let godwit = Godwit::run(context, "guest", &["--kernel", &kernel, "--memory=64M"])?;
     symlink("api.sock", godwit.folder().join("a.sock"))?;
-    let output = run(context, godwit.folder(), "readme-api")?;
+    let output = run(context, godwit.folder(), &block("readme-api")?)?;
     ensure!(output.contains("godwit_vcpus 1"), "The metrics are not told:\n{output}");
     godwit.finish(Duration::from_secs(10))?.expect(0, "ended by request")
 }
 
-/// Runs the block that names `scenario`, in `folder`.
-fn run(context: &Context, folder: &std::path::Path, scenario: &str) -> Result<String> {
+/// The block of commands that says it is run by `scenario`.
+pub(super) fn block(scenario: &str) -> Result<String> {
     let mark = format!("is run by the scenario {scenario}. -->\n```sh\n");
-    let block =
-        README.split_once(&mark).and_then(|(_, rest)| rest.split_once("```")).context("The README lacks the block")?;
+    let block = README.split_once(&mark).and_then(|(_, rest)| rest.split_once("```"));
+    block.map(|(block, _)| block.to_owned()).context("The README lacks the block")
+}
+
+/// Runs commands in `folder`, and gives what they printed when the shell has ended. What it started in the background may
+/// go on.
+pub(super) fn run(context: &Context, folder: &Path, commands: &str) -> Result<String> {
     let programs = context.godwit.parent().context("godwit lies in a folder")?;
     let path = format!("{}:{}", programs.display(), std::env::var("PATH").unwrap_or_default());
-    let state = folder.join("state");
-    let output = Command::new("sh")
-        .args(["-e", "-c", block.0])
+    // A pipe would stay open for as long as anything runs in the background.
+    let words = folder.join("words");
+    let output = File::create(&words)?;
+    let status = Command::new("sh")
+        .args(["-e", "-c", commands])
         .current_dir(folder)
         .env("PATH", path)
-        .env("GODWIT_STATE_DIR", state)
-        .output()
+        .env("GODWIT_STATE_DIR", folder.join("state"))
+        .stdin(Stdio::null())
+        .stdout(output.try_clone()?)
+        .stderr(output)
+        .status()
         .context("Cannot run sh")?;
-    let words = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-    ensure!(output.status.success(), "The block failed ({}):\n{words}", output.status);
+    let words = fs::read_to_string(words)?;
+    ensure!(status.success(), "The commands failed ({status}):\n{words}");
     Ok(words)
 }
