@@ -144,7 +144,7 @@ fn linux(context: &Context, vcpus: u32, round_trips: usize) -> Result<()> {
     let nic = format!("tap={},vhost=off", bridge.tap(0));
     let machine = ["--memory=160M", "--disk", &disk, &vcpus_option, "--net", &nic];
     let verifier =
-        format!("--memory 8M --rate 500 --threads {vcpus} --disk /dev/vda --disk-size 8M --tick-ms 50 --port 7");
+        format!("--memory 4M --rate 500 --threads {vcpus} --disk /dev/vda --disk-size 2M --tick-ms 50 --port 7");
     let mut traveller = Traveller::set_out(context, &machine, "godwit.net=10.78.0.2/24", &verifier)?;
     let mut connection = Client::connect("10.78.0.2:7", CONNECTION_PATIENCE)?;
     for trip in 0..round_trips {
