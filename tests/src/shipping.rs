@@ -33,8 +33,8 @@ pub struct Plan {
     pub binaries: PathBuf,
     /// The folder with the guest images that scenarios use; copied into the lab as a whole.
     pub images: PathBuf,
-    /// Makes the `debian` image, or finds it, when a chosen scenario uses it: the folder [`DISKS`](crate::scenario::DISKS) beside `images`, with
-    /// `debian.img` and `ssh-key`.
+    /// Makes the `debian` image, or finds it, when a chosen scenario uses it: the folder
+    /// [`DISKS`](crate::scenario::DISKS) beside `images`, with `debian.img` and `ssh-key`.
     pub debian: fn() -> Result<PathBuf>,
     /// Parts of names; all scenarios without any.
     pub filters: Vec<String>,

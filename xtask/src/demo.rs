@@ -13,12 +13,11 @@ use clap::Args;
 use godwit_tests::demo;
 use godwit_tests::lab::wire::End;
 use godwit_tests::lab::{CONSOLE_LINES, Event, Lab};
-use godwit_tests::place::{Choice, Place};
-use godwit_tests::scenario;
+use godwit_tests::place::Place;
 
 use crate::packages;
 use crate::terminal::RawTerminal;
-use crate::test::scenario_images;
+use crate::test::{choose_place, scenario_images};
 use crate::workspace::{binaries, build};
 
 /// Enough for the guest twice: while it moves, both ends hold its memory.
@@ -42,20 +41,13 @@ pub(crate) fn demo(options: &Options) -> Result<ExitCode> {
     let binaries = binaries()?;
     eprintln!("Preparing the guest image");
     let images = scenario_images(&binaries)?;
-    let choice = Choice::make(|| trial(&binaries, &images))?;
+    let choice = choose_place(&binaries, &images)?;
     eprintln!("{choice}");
     let well = match choice.place {
         Place::Host => on_host(&binaries, &images, options.json)?,
         Place::Lab => in_lab(&binaries, &images, options.json)?,
     };
     Ok(if well { ExitCode::SUCCESS } else { ExitCode::FAILURE })
-}
-
-fn trial(binaries: &Path, images: &Path) -> Result<()> {
-    let work = tempfile::TempDir::with_prefix("godwit-trial-").context("Cannot make a folder for the trial boot")?;
-    let context =
-        scenario::Context { godwit: binaries.join("godwit"), images: images.to_owned(), work: work.path().to_owned() };
-    demo::trial(&context)
 }
 
 fn arguments(godwit: &str, images: &str, place: &str, json: bool) -> Vec<String> {

@@ -37,7 +37,7 @@ pub(crate) struct Options {
     /// Memory of the lab in MiB.
     #[arg(long, default_value_t = 2048)]
     memory: u32,
-    /// Processors of the lab.
+    /// Processors for what runs in the lab; an emulated one has one more, which nothing runs on.
     #[arg(long, default_value_t = 2)]
     cpus: u8,
     /// Bring a file or folder along, as HOST-PATH or HOST-PATH:LAB-PATH (without one: /lab/NAME).

@@ -9,11 +9,13 @@ use std::time::Instant;
 
 use anyhow::{Context, Result};
 use clap::Args;
+use godwit_tests::demo;
 use godwit_tests::place::Choice;
-use godwit_tests::scenario::DISKS;
+use godwit_tests::scenario::{self, DISKS};
 use godwit_tests::shipping::Plan;
 use godwit_tests::tally::Tally;
 use guest_images::{DEFAULT_CACHE, Images};
+use tempfile::TempDir;
 
 use crate::packages;
 use crate::workspace::{binaries, build, cargo, root};
@@ -77,10 +79,18 @@ fn scenarios(options: &Options) -> Result<Tally> {
     build(&["--workspace", "--bins"])?;
     let binaries = binaries()?;
     let images = scenario_images(&binaries)?;
-    // The trial boot belongs to `godwit` itself and comes with it.
-    let choice = Choice::make(|| Ok(()))?;
+    let choice = choose_place(&binaries, &images)?;
     let filters = options.filter.clone();
     Plan { binaries, images, debian, filters, choice, lab_memory_mib: LAB_MEMORY_MIB }.run()
+}
+
+/// Where Linux guests run: on this host if it has what they need and a trial boot succeeds, else in the lab.
+pub(crate) fn choose_place(binaries: &Path, images: &Path) -> Result<Choice> {
+    Choice::make(|| {
+        let work = TempDir::with_prefix("godwit-trial-").context("Cannot make a folder for the trial boot")?;
+        let (godwit, images) = (binaries.join("godwit"), images.to_owned());
+        demo::trial(&scenario::Context { godwit, images, work: work.path().to_owned() })
+    })
 }
 
 fn link(image: &Path, link: &Path) -> Result<()> {

@@ -76,7 +76,7 @@ impl LabBuilder {
         self
     }
 
-    /// Processors of the machine; 2 without it.
+    /// Processors for what runs in it; 2 without it. An emulated machine has one more, which nothing runs on.
     pub fn cpus(mut self, cpus: u8) -> Self {
         self.cpus = cpus;
         self
