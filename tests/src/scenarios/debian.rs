@@ -35,7 +35,7 @@ const MOVE_WITHIN: Duration = Duration::from_secs(120);
 const GUEST: &str = "10.79.0.2";
 
 /// What a kernel says when a move has harmed it.
-const COMPLAINTS: &str = "soft lockup|rcu.*stall|hung task|I/O error|clocksource.*unstable|Oops|BUG:";
+const COMPLAINTS: &str = "soft lockup|rcu.*stall|blocked for more than|I/O error|clocksource.*unstable|Oops|BUG:";
 
 fn debian(context: &Context) -> Result<()> {
     link_images(context)?;
