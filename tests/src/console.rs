@@ -70,8 +70,7 @@ impl Console {
                         RecvTimeoutError::Timeout => format!("not within {within:?}"),
                         RecvTimeoutError::Disconnected => "the console was closed".to_owned(),
                     };
-                    let last = &self.seen[self.seen.len().saturating_sub(SHOWN_LINES)..];
-                    bail!("{what} did not come: {why}. The console's last lines:\n{}", last.join("\n"));
+                    bail!("{what} did not come: {why}. The console's last lines:\n{}", self.tail());
                 }
             }
         }
@@ -80,6 +79,11 @@ impl Console {
     /// Waits for a line that contains `part`.
     pub fn expect(&mut self, part: &str, within: Duration) -> Result<Line> {
         self.find(&format!("{part:?}"), within, |line| line.text.contains(part).then(|| line.clone()))
+    }
+
+    /// The last lines that were looked at.
+    pub fn tail(&self) -> String {
+        self.seen[self.seen.len().saturating_sub(SHOWN_LINES)..].join("\n")
     }
 
     /// The lines that have come and were not looked at.

@@ -61,6 +61,13 @@ impl Traveller {
         &self.godwit
     }
 
+    /// What is known of it, for the error of somebody who has lost touch with it.
+    pub fn account(&mut self) -> String {
+        let heard = self.console.pending().len();
+        let (vm, words, console) = (self.godwit.vm(), self.godwit.words(), self.console.tail());
+        format!("{vm:?}\nGodwit says:\n{words}The guest's console, of which {heard} lines were new:\n{console}")
+    }
+
     /// Moves it to a new Godwit that is started with `options`.
     pub fn travel(&mut self, context: &Context, mode: MigrationMode, options: &[&str]) -> Result<Move> {
         self.stop += 1;

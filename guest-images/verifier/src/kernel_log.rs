@@ -127,7 +127,8 @@ fn message(line: &str) -> Option<&str> {
     (!line.starts_with(' ') && numbers.count() == 3).then_some(message)
 }
 
-fn is_trouble(message: &str) -> bool {
+/// Whether a message of the kernel, without its time, tells of trouble.
+pub fn is_trouble(message: &str) -> bool {
     let message = message.to_ascii_lowercase();
     TROUBLE.iter().any(|words| message.contains(words))
 }

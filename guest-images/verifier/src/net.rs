@@ -180,9 +180,17 @@ pub struct Client {
 }
 
 impl Client {
-    /// Connects; `patience` is how long a single answer may take, so the longest pause that is not a failure.
+    /// Connects; `patience` is how long a single answer may take, so the longest pause that is not a failure. A guest
+    /// that is busy with its start may answer none of the three ARP requests that its host's kernel sends, a second
+    /// apart, before it calls the guest unreachable (arp(7), `mcast_solicit`).
     pub fn connect(address: impl ToSocketAddrs, patience: Duration) -> io::Result<Self> {
-        let stream = TcpStream::connect(address)?;
+        let start = Instant::now();
+        let stream = loop {
+            match TcpStream::connect(&address) {
+                Err(error) if error.kind() == io::ErrorKind::HostUnreachable && start.elapsed() < patience => {}
+                connected => break connected?,
+            }
+        };
         stream.set_nodelay(true)?;
         stream.set_read_timeout(Some(patience))?;
         stream.set_write_timeout(Some(patience))?;

@@ -11,6 +11,7 @@ use guest_images::kernel::modules::Module;
 use guest_images::newc::Newc;
 use guest_images::{DEFAULT_CACHE, Images, Kernel};
 use tempfile::TempDir;
+use thiserror::Error;
 
 use super::channel::Channel;
 use super::machine::{Hardware, INITRAMFS, Machine, ROOT_IMAGE};
@@ -62,7 +63,7 @@ impl LabBuilder {
             cpus: 2,
             free_mib: 512,
             lifetime: Duration::from_secs(20 * 60),
-            boot_timeout: Duration::from_secs(90),
+            boot_timeout: Duration::from_secs(60),
             files: Vec::new(),
             programs: PROGRAMS.map(PathBuf::from).into(),
             disks: Vec::new(),
@@ -94,7 +95,7 @@ impl LabBuilder {
         self
     }
 
-    /// How long it may take until it accepts commands; 90 s without it.
+    /// How long it may take until it accepts commands; 60 s without it.
     pub fn boot_timeout(mut self, boot_timeout: Duration) -> Self {
         self.boot_timeout = boot_timeout;
         self
@@ -135,7 +136,15 @@ impl LabBuilder {
         );
         let mut candidates = Accelerator::candidates().into_iter().peekable();
         while let Some(accelerator) = candidates.next() {
-            match self.boot_by(accelerator) {
+            let booted = match self.boot_by(accelerator) {
+                // One emulated lab in some hundred hangs while its own kernel boots: a processor stands still.
+                Err(error) if accelerator == Accelerator::Tcg && error.is::<NotUp>() => {
+                    eprintln!("Booting the lab once more: {error:#}");
+                    self.boot_by(accelerator)
+                }
+                booted => booted,
+            };
+            match booted {
                 Err(error) if candidates.peek().is_some() => eprintln!("No lab by {accelerator}: {error:#}"),
                 booted => return booted,
             }
@@ -176,7 +185,7 @@ impl LabBuilder {
             Err(RecvTimeoutError::Timeout) => format!("did not start within {:?}", self.boot_timeout),
             Err(RecvTimeoutError::Disconnected) => "ended before it was up".to_owned(),
         };
-        bail!("The lab {reason}; its last lines:\n{}", machine.console_tail(CONSOLE_LINES))
+        Err(NotUp { reason, console: machine.console_tail(CONSOLE_LINES) }.into())
     }
 
     /// Image, serial number and path of each disk.
@@ -209,6 +218,14 @@ impl LabBuilder {
         tree.write("/etc/hosts", &names, 0o644)?;
         Ok(tree)
     }
+}
+
+/// A lab was started and does not answer.
+#[derive(Debug, Error)]
+#[error("The lab {reason}; its last lines:\n{console}")]
+struct NotUp {
+    reason: String,
+    console: String,
 }
 
 /// The kernel of an image cache. apt takes a second or two to name the newest one; a process asks once per cache.

@@ -146,12 +146,13 @@ fn linux(context: &Context, vcpus: u32, round_trips: usize) -> Result<()> {
     let verifier =
         format!("--memory 4M --rate 500 --threads {vcpus} --disk /dev/vda --disk-size 2M --tick-ms 50 --port 7");
     let mut traveller = Traveller::set_out(context, &machine, "godwit.net=10.78.0.2/24", &verifier)?;
-    let mut connection = Client::connect("10.78.0.2:7", CONNECTION_PATIENCE)?;
+    let connected = Client::connect("10.78.0.2:7", CONNECTION_PATIENCE);
+    let mut connection = connected.with_context(|| traveller.account())?;
     for trip in 0..round_trips {
         for (way, mode) in (if trip % 2 == 0 { BOTH } else { [BOTH[1], BOTH[0]] }).into_iter().enumerate() {
             let tap = format!("id=net0,tap={}", bridge.tap(way + 1));
             let moved = traveller.travel(context, mode, &["--net", &tap])?;
-            connection.exchange(64)?;
+            connection.exchange(64).with_context(|| traveller.account())?;
             println!(
                 "trip {trip}: {mode:?}, {} rounds, total {}, downtime {:?}, as the guest saw it {:?}",
                 moved.status.rounds.len(),
