@@ -3,12 +3,14 @@
 //!
 //! Called by `xtask test`. Lines of the scenarios go to standard output as they come.
 
+use std::cmp::Reverse;
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::thread;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 
 use crate::lab::wire::End;
 use crate::lab::{CONSOLE_LINES, Event, Lab};
@@ -19,6 +21,9 @@ use crate::tally::Tally;
 
 /// What a run takes beside the scenarios' own times: cleaning up after each.
 const SLACK: Duration = Duration::from_secs(30);
+
+/// Labs that run at the same time: one keeps little more than one of this machine's processors busy.
+const LABS: usize = 2;
 
 /// Paths in the lab.
 const LAB_SCENARIOS: &str = "/lab/scenarios";
@@ -62,8 +67,8 @@ impl Plan {
             tally += self.run_on_host(&host)?;
         }
         if !lab.is_empty() {
-            eprintln!("{} in a lab; {}", scenarios(lab.len()), self.choice);
-            tally += self.run_in_lab(&lab, debian.as_deref())?;
+            eprintln!("{} in the lab; {}", scenarios(lab.len()), self.choice);
+            tally += self.run_in_labs(&lab, debian.as_deref())?;
         }
         Ok(tally)
     }
@@ -86,6 +91,20 @@ impl Plan {
         closing.tally.with_context(|| format!("The scenarios ended without a closing line ({status})"))
     }
 
+    /// Shares the scenarios out to labs that run at the same time.
+    fn run_in_labs(&self, scenarios: &[&Scenario], debian: Option<&Path>) -> Result<Tally> {
+        let shares = shares(scenarios);
+        thread::scope(|scope| {
+            let run = |share| move || self.run_in_lab(share, debian);
+            let labs: Vec<_> = shares.iter().map(|share| scope.spawn(run(share))).collect();
+            let mut tally = Tally::default();
+            for lab in labs {
+                tally += lab.join().map_err(|_| anyhow!("The thread of a lab panicked"))??;
+            }
+            Ok(tally)
+        })
+    }
+
     fn run_in_lab(&self, scenarios: &[&Scenario], debian: Option<&Path>) -> Result<Tally> {
         let limit = scenarios.iter().map(|scenario| scenario.timeout + SLACK).sum::<Duration>();
         let mut lab = Lab::builder()
@@ -94,7 +113,7 @@ impl Plan {
             .file(self.binaries.join("scenarios"), LAB_SCENARIOS)
             .file(self.binaries.join("godwit"), LAB_GODWIT)
             .file(&self.images, LAB_IMAGES);
-        if let Some(debian) = debian {
+        if let Some(debian) = debian.filter(|_| scenarios.iter().any(|scenario| scenario.needs == Needs::Debian)) {
             lab = lab
                 .disk(debian.join("debian.img"), &format!("{LAB_DISKS}/debian.img"))
                 .file(debian.join("ssh-key"), &format!("{LAB_DISKS}/ssh-key"))
@@ -128,6 +147,19 @@ impl Plan {
         }
         Ok(tally)
     }
+}
+
+/// Who runs what, for at most [`LABS`] labs: the scenarios that may take longest first, each to the lab that is done first.
+fn shares<'a>(scenarios: &[&'a Scenario]) -> Vec<Vec<&'a Scenario>> {
+    let mut longest_first = scenarios.to_vec();
+    longest_first.sort_by_key(|scenario| Reverse(scenario.timeout));
+    let mut shares: [(Duration, Vec<&Scenario>); LABS] = Default::default();
+    for scenario in longest_first {
+        let least = shares.iter_mut().min_by_key(|(time, _)| *time).expect("there are labs");
+        least.0 += scenario.timeout;
+        least.1.push(scenario);
+    }
+    shares.into_iter().map(|(_, share)| share).filter(|share| !share.is_empty()).collect()
 }
 
 fn scenarios(count: usize) -> String {
@@ -169,6 +201,21 @@ impl Closing {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn every_scenario_has_one_lab_and_the_long_ones_have_different_labs() {
+        let lab: Vec<_> = ALL.iter().filter(|scenario| scenario.needs != Needs::Kvm).collect();
+        let shares = shares(&lab);
+        let mut names: Vec<_> = shares.iter().flatten().map(|scenario| scenario.name).collect();
+        assert_eq!((shares.len(), names.len()), (LABS, lab.len()));
+        names.sort_unstable();
+        names.dedup();
+        assert_eq!(names.len(), lab.len());
+        let of = |name| shares.iter().position(|share| share.iter().any(|scenario| scenario.name == name));
+        assert_ne!(of("migrate-linux"), of("migrate-linux-smp"));
+        assert_eq!(super::shares(&lab[..1]).len(), 1);
+        assert!(super::shares(&[]).is_empty());
+    }
 
     #[test]
     fn the_closing_line_is_found_across_pieces() {

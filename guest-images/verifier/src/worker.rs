@@ -6,7 +6,7 @@
 use std::io;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// What a mode does.
 pub trait Work {
@@ -61,12 +61,17 @@ impl<R> Drop for Worker<R> {
 }
 
 fn work<W: Work>(mut work: W, asked: &Receiver<Sender<W::Report>>) {
-    let mut rest = Duration::ZERO;
+    let mut next_step = Instant::now();
     loop {
-        match asked.recv_timeout(rest) {
+        // However often somebody asks, a step that is due is done.
+        if next_step <= Instant::now() {
+            let rest = work.step();
+            next_step = Instant::now() + rest;
+        }
+        match asked.recv_timeout(next_step.saturating_duration_since(Instant::now())) {
             // Who asked may have given up waiting.
             Ok(reply) => drop(reply.send(work.report())),
-            Err(RecvTimeoutError::Timeout) => rest = work.step(),
+            Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => return,
         }
     }
@@ -78,13 +83,16 @@ mod tests {
 
     struct Counter(u32);
 
+    /// Longer than it takes to ask for a report and to get it.
+    const REST: Duration = Duration::from_millis(5);
+
     impl Work for Counter {
         type Report = u32;
 
         fn step(&mut self) -> Duration {
             self.0 += 1;
             assert!(self.0 < 1_000_000, "the counter runs over");
-            Duration::from_micros(10)
+            REST
         }
 
         fn report(&mut self) -> u32 {
@@ -96,8 +104,8 @@ mod tests {
     fn it_works_and_answers() {
         let worker = Worker::start("counter".to_owned(), || Counter(5)).unwrap();
         let first = worker.report(Duration::from_secs(10)).unwrap();
-        let mut later = first;
-        while later == first {
+        let (mut later, start) = (first, Instant::now());
+        while later == first && start.elapsed() < Duration::from_secs(10) {
             later = worker.report(Duration::from_secs(10)).unwrap();
         }
         assert!(first >= 5 && later > first, "{first} {later}");
