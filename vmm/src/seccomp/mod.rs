@@ -26,8 +26,8 @@
 //! takes `clone`), and executable mappings in the threads that look up host names (the C library does without the name
 //! service's plugin that it would load).
 
-mod arenas;
 mod calls;
+mod heap;
 mod program;
 #[cfg(test)]
 mod tests;
@@ -161,7 +161,7 @@ impl Programs {
 pub fn switch_on() -> Result<(), SeccompError> {
     trap::probe().map_err(SeccompError::Unsupported)?;
     trap::install().map_err(SeccompError::Handler)?;
-    arenas::limit();
+    heap::open_no_files();
     ON.store(true, Ordering::Release);
     Ok(())
 }

@@ -155,15 +155,27 @@ fn parents_permit_what_their_children_do() {
     }
 }
 
-/// The kind of thread that a child of this test's process is to make a forbidden call on.
-const KIND: &str = "GODWIT_TEST_FORBIDDEN";
+/// The kind of thread that a child of this test's process is to work on.
+const KIND: &str = "GODWIT_TEST_THREAD_KIND";
+
+/// The kind of thread that this process was started for, if it is such a child; it is confined from here on.
+fn kind_of_child() -> Option<ThreadKind> {
+    let kind = ThreadKind::ALL[std::env::var(KIND).ok()?.parse::<usize>().unwrap()];
+    switch_on().unwrap();
+    Some(kind)
+}
+
+/// Runs a test of this module alone, in a process that is started for a kind of thread.
+fn run_in_child(test: &str, kind: ThreadKind) -> std::process::Output {
+    let mut child = Command::new(std::env::current_exe().unwrap());
+    child.args(["--exact", "--nocapture", &format!("seccomp::tests::{test}")]);
+    child.env(KIND, (kind as usize).to_string()).output().unwrap()
+}
 
 /// Run by the next test in a process of its own; alone it does nothing.
 #[test]
 fn child_that_makes_a_forbidden_call() {
-    let Ok(index) = std::env::var(KIND) else { return };
-    let kind = ThreadKind::ALL[index.parse::<usize>().unwrap()];
-    switch_on().unwrap();
+    let Some(kind) = kind_of_child() else { return };
     let thread = std::thread::Builder::new().name("breaks-out".to_owned()).spawn(move || {
         enter(kind);
         std::os::unix::fs::chroot("/")
@@ -174,15 +186,40 @@ fn child_that_makes_a_forbidden_call() {
 
 #[test]
 fn a_forbidden_call_ends_the_process_and_is_named() {
-    for (index, kind) in ThreadKind::ALL.iter().enumerate() {
-        let child = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "--nocapture", "seccomp::tests::child_that_makes_a_forbidden_call"])
-            .env(KIND, index.to_string())
-            .output()
-            .unwrap();
+    for kind in ThreadKind::ALL {
+        let child = run_in_child("child_that_makes_a_forbidden_call", kind);
         let words = String::from_utf8_lossy(&child.stderr);
         assert_eq!(child.status.code(), Some(FORBIDDEN_STATUS.into()), "{kind:?}: {words}");
         assert!(words.contains("godwit: thread breaks-out made the forbidden system call "), "{kind:?}: {words}");
+    }
+}
+
+/// Run by the next test in a process of its own; alone it does nothing.
+#[test]
+fn child_that_fills_and_empties_its_heaps() {
+    let Some(kind) = kind_of_child() else { return };
+    // All at once: each thread has an arena of its own, until there are too many of them.
+    let threads = std::thread::available_parallelism().map_or(1, usize::from) * 8 + 16;
+    let begin = std::sync::Barrier::new(threads);
+    std::thread::scope(|scope| {
+        for _ in 0..threads {
+            scope.spawn(|| {
+                enter(kind);
+                begin.wait();
+                let blocks: Vec<_> = (0..64).map(|_| vec![1_u8; 64 << 10]).collect();
+                begin.wait();
+                blocks.into_iter().rev().for_each(drop);
+            });
+        }
+    });
+}
+
+#[test]
+fn the_heap_asks_for_nothing_forbidden() {
+    for kind in ThreadKind::ALL {
+        let child = run_in_child("child_that_fills_and_empties_its_heaps", kind);
+        let words = String::from_utf8_lossy(&child.stderr);
+        assert!(child.status.success(), "{kind:?}: {} {words}", child.status);
     }
 }
 
