@@ -16,8 +16,6 @@ pub enum Code {
     TestRequestsRefused,
     /// It is too late to cancel: the guest is being handed over.
     TooLate,
-    /// A resource of the host that the request needs is not available.
-    HostRefused,
     /// The body is not JSON.
     MalformedJson,
     /// The body is JSON, but not what this request takes.
@@ -51,11 +49,10 @@ pub enum Code {
 
 impl Code {
     /// Each code that a server of this version sends.
-    pub const ALL: [Self; 17] = [
+    pub const ALL: [Self; 16] = [
         Self::WrongPhase,
         Self::TestRequestsRefused,
         Self::TooLate,
-        Self::HostRefused,
         Self::MalformedJson,
         Self::InvalidBody,
         Self::InvalidValue,

@@ -26,6 +26,7 @@ const LOOK_EVERY: Duration = Duration::from_millis(5);
 pub struct Godwit {
     child: Child,
     folder: PathBuf,
+    address: PeerAddress,
 }
 
 /// What a process said at its end.
@@ -56,12 +57,33 @@ impl Godwit {
         Self::start(context, name, &[&["run"], options].concat())
     }
 
-    /// Waits for a guest at [`Self::address`].
+    /// Waits for a guest at a Unix socket of its own, [`Self::address`].
     pub fn receive(context: &Context, name: &str, options: &[&str]) -> Result<Self> {
         let address = format!("unix:{}", context.work.join(name).join("in.sock").display());
-        let godwit = Self::start(context, name, &[&["receive", &address], options].concat())?;
+        Self::receive_at(context, name, &address, options)
+    }
+
+    /// Waits for a guest at `address`; what came of a port of 0 is in [`Self::address`].
+    pub fn receive_at(context: &Context, name: &str, address: &str, options: &[&str]) -> Result<Self> {
+        let mut godwit = Self::start(context, name, &[&["receive", address], options].concat())?;
         godwit.await_phase(Phase::Receiving)?;
+        godwit.address = godwit.told_address()?;
         Ok(godwit)
+    }
+
+    /// Where it says that it waits.
+    fn told_address(&self) -> Result<PeerAddress> {
+        let deadline = Instant::now() + START_WITHIN;
+        loop {
+            let words = self.words();
+            // The end of the last line may still be on its way.
+            let whole = words.rsplit_once('\n').map_or("", |(whole, _)| whole);
+            if let Some((_, address)) = whole.lines().find_map(|line| line.split_once("waiting for a guest at ")) {
+                return Ok(address.trim().parse()?);
+            }
+            ensure!(Instant::now() < deadline, "godwit does not say where it waits:\n{words}");
+            sleep(LOOK_EVERY);
+        }
     }
 
     /// Starts with options of one's own; API and console sockets are added.
@@ -75,7 +97,8 @@ impl Godwit {
         command.arg(format!("--serial=unix:{}", path("console.sock")));
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(errors);
         let child = command.process_group(0).spawn().context("Cannot start godwit")?;
-        let mut godwit = Self { child, folder };
+        let address = PeerAddress::Unix(folder.join("in.sock"));
+        let mut godwit = Self { child, folder, address };
         godwit.await_socket()?;
         Ok(godwit)
     }
@@ -109,7 +132,7 @@ impl Godwit {
 
     /// Where it waits for guests.
     pub fn address(&self) -> PeerAddress {
-        PeerAddress::Unix(self.folder.join("in.sock"))
+        self.address.clone()
     }
 
     /// What it knows of its guest.

@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use control::{MigrationMode, MigrationStatus};
+use verifier::clock::ClockReport;
 use verifier::report::{Line as Word, Report};
 
 use crate::console::Console;
@@ -18,6 +19,9 @@ const MOVE_WITHIN: Duration = Duration::from_secs(60);
 
 /// How long the verifier may take to look at everything.
 const REPORT_WITHIN: Duration = Duration::from_secs(120);
+
+/// How long an emulated vCPU may not run though nobody moves the guest.
+const STALL: Duration = Duration::from_secs(5);
 
 /// How long a guest may take for its next tick after it arrived.
 const TICK_WITHIN: Duration = Duration::from_secs(30);
@@ -37,6 +41,7 @@ pub struct Traveller {
     godwit: Godwit,
     console: Console,
     stop: u32,
+    longest_downtime: Duration,
 }
 
 impl Traveller {
@@ -53,7 +58,7 @@ impl Traveller {
         console.find("the verifier's first word", BOOT_WITHIN, |line| {
             matches!(Word::parse(&line.text), Some(Word::Ready { .. } | Word::Tick { .. })).then_some(())
         })?;
-        Ok(Self { godwit, console, stop: 0 })
+        Ok(Self { godwit, console, stop: 0, longest_downtime: Duration::ZERO })
     }
 
     /// The process that it is in now.
@@ -83,6 +88,7 @@ impl Traveller {
         source.finish(MOVE_WITHIN)?.expect(0, "The guest has moved to")?;
         let status = self.godwit.migration()?.context("The target has no account of the migration")?;
         let guest_downtime = last.map_or(Duration::ZERO, |last| first.saturating_duration_since(last));
+        self.longest_downtime = self.longest_downtime.max(guest_downtime);
         Ok(Move { status, guest_downtime })
     }
 
@@ -107,7 +113,17 @@ impl Traveller {
     pub fn prove(&mut self) -> Result<Report> {
         let report = self.report()?;
         ensure!(report.ok, "The guest is not well: {}", serde_json::to_string(&report)?);
+        self.check_clock(&report.clock)?;
         Ok(report)
+    }
+
+    /// A clock that leaps over a move shows a gap longer than anybody outside saw, and one that is set a gain.
+    fn check_clock(&self, clock: &ClockReport) -> Result<()> {
+        let most = (self.longest_downtime + STALL).as_secs_f64() * 1e3;
+        let leaps = [clock.max_gap_ms, clock.boottime_gain_ms, clock.realtime_gain_ms];
+        let sound = leaps.iter().all(|leap| leap.abs() <= most);
+        ensure!(sound, "A clock of the guest leapt by more than {most} ms: {clock:?}");
+        Ok(())
     }
 
     /// Ends the guest.

@@ -56,6 +56,12 @@ pub enum Fault {
         /// How many.
         pages: u32,
     },
+    /// The source does not come to an end.
+    #[error("The source sent more than {limit} rounds; it should switch earlier (--max-rounds)")]
+    TooManyRounds {
+        /// How many are taken.
+        limit: usize,
+    },
     /// What came is not what was sent.
     #[error("{what} came as {here}, but the source says {there}")]
     Differs {
@@ -107,6 +113,7 @@ impl Fault {
             | Self::Frame(_)
             | Self::OutOfTurn { .. }
             | Self::NoSuchPages { .. }
+            | Self::TooManyRounds { .. }
             | Self::Differs { .. }
             | Self::MemoryDiffers { .. } => true,
         }

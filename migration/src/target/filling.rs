@@ -13,6 +13,9 @@ use std::fmt;
 use std::time::Duration;
 use uuid::Uuid;
 
+/// The most rounds that are taken: far more than help, and their reports fit in some hundred KiB.
+const MAX_ROUNDS: usize = 10_000;
+
 /// The account of one incoming guest.
 #[derive(Debug)]
 pub struct Incoming {
@@ -124,6 +127,9 @@ impl Filling {
 
     /// Compares a round with what the source says of it, and begins the next.
     pub(super) fn round_end(&mut self, end: RoundEnd, at: Moment<'_>) -> Result<RoundReport, Fault> {
+        if self.incoming.rounds.len() >= MAX_ROUNDS {
+            return Err(Fault::TooManyRounds { limit: MAX_ROUNDS });
+        }
         let Tally { round, pages, zero_pages, started, bytes_before } = self.round;
         same("The number of a round", round.into(), end.round.into())?;
         same("The number of pages of a round", pages, end.pages)?;

@@ -88,7 +88,8 @@ impl Target {
         claims: &C,
     ) -> Result<(Self, Reply), Fault> {
         match (self, frame) {
-            (state, Frame::Heartbeat) => Ok((state, Reply::Silence)),
+            // A source shows signs of life while it waits, so not before it has said anything else.
+            (state, Frame::Heartbeat) if !matches!(state, Self::AwaitHello) => Ok((state, Reply::Silence)),
             (_, Frame::Abort { reason }) => Err(Fault::SourceGaveUp { reason: reason.to_owned() }),
             (Self::AwaitHello, Frame::Hello(hello)) => {
                 prepare(&hello, host)?;

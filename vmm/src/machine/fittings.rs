@@ -8,7 +8,7 @@ use super::chassis::Chassis;
 use super::ends::Ends;
 use super::line::SerialLine;
 use super::resources::{Resources, net_parts};
-use crate::config::{BALLOON_ID, MachineConfig, RNG_ID};
+use crate::config::{self, BALLOON_ID, MachineConfig, RNG_ID};
 use crate::layout::{
     COM1_GSI, COM1_PORT, COM1_PORTS, I8042_DATA_PORT, I8042_PORTS, PM1A_EVENT_PORT, PVPANIC_PORT, RESET_PORT, SCI_GSI,
     VIRTIO_QUEUE_NOTIFY, VIRTIO_WINDOW_SIZE, VirtioWindow, virtio_window,
@@ -104,8 +104,13 @@ impl Fittings {
             fitter.virtio(RNG_ID, None, Rng::host_random()?, |random| Ok(Rng::new(random)))?;
         }
         let balloon = match config.balloon {
-            Some(_) => {
-                let parts = BalloonParts { ram_bytes: config.memory.bytes, statistics_every: STATISTICS_EVERY };
+            Some(config::Balloon { deflate_on_oom, free_page_reporting }) => {
+                let parts = BalloonParts {
+                    ram_bytes: config.memory.bytes,
+                    statistics_every: STATISTICS_EVERY,
+                    deflate_on_oom,
+                    free_page_reporting,
+                };
                 Some(fitter.virtio(BALLOON_ID, None, parts, |parts| Ok(Balloon::new(parts)?))?)
             }
             None => None,

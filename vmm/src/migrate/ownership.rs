@@ -91,24 +91,25 @@ impl Ownership {
     /// Replaces the record. When this returns, a crash of the host does not undo it.
     ///
     /// # Errors
-    /// [`OwnershipError::Io`]; the old record then still stands.
+    /// [`OwnershipError::Io`]; after a crash of the host the old record or the new one stands then, whole.
     pub fn write(&self, owner: &Owner) -> Result<(), OwnershipError> {
         self.replace(owner).map_err(|source| self.io("write", source))
     }
 
-    /// Removes the record, if there is one: nobody need ask any more.
+    /// Removes the record, if there is one: nobody need ask any more. A crash of the host does not undo it.
     ///
     /// # Errors
     /// [`OwnershipError::Io`] if it is there and stays.
     pub fn remove(&self) -> Result<(), OwnershipError> {
-        match fs::remove_file(&self.path) {
+        let removed = fs::remove_file(&self.path).and_then(|()| File::open(self.directory())?.sync_all());
+        match removed {
             Err(error) if error.kind() != io::ErrorKind::NotFound => Err(self.io("remove", error)),
             _ => Ok(()),
         }
     }
 
     fn replace(&self, owner: &Owner) -> io::Result<()> {
-        let directory = self.path.parent().unwrap_or_else(|| Path::new("."));
+        let directory = self.directory();
         fs::create_dir_all(directory)?;
         let fresh = self.path.with_extension(format!("owner.{}", std::process::id()));
         let written = (|| {
@@ -122,6 +123,10 @@ impl Ownership {
         }
         written?;
         File::open(directory)?.sync_all()
+    }
+
+    fn directory(&self) -> &Path {
+        self.path.parent().unwrap_or_else(|| Path::new("."))
     }
 
     fn io(&self, action: &'static str, source: io::Error) -> OwnershipError {

@@ -49,8 +49,8 @@ use std::time::Instant;
 pub(crate) enum Message {
     /// A request, admitted by phase, and where its answer goes.
     Asked(Request, SyncSender<Result<Reply, ApiError>>),
-    /// The guest ended by itself.
-    GuestEnded(GuestEnd),
+    /// The guest ended by itself, in the machine of this generation: a reset makes a new one.
+    GuestEnded(u64, GuestEnd),
     /// Somebody wants the process to end.
     Quit(&'static str),
     /// The guest could not be put together again.
@@ -118,7 +118,10 @@ pub struct Service {
     once: bool,
     /// Where the migration under way goes, and whether the guest ran before it.
     destination: Option<PeerAddress>,
+    /// When a guest that was asked to power off is ended. Not while a migration has it.
     force_stop_at: Option<Instant>,
+    /// Which machine this is, counted by resets.
+    generation: u64,
     /// The guest's end, if it came while a migration had the machine.
     end: Option<GuestEnd>,
     // Dropped last, so that clients hear of the end.
@@ -220,6 +223,7 @@ impl Service {
             once: false,
             destination: None,
             force_stop_at: None,
+            generation: 0,
             end: None,
             _server: server,
         };
@@ -262,15 +266,18 @@ impl Service {
 
     fn on(&mut self, message: Message) -> Result<Option<Ended>, ServiceError> {
         match message {
-            Message::Asked(Request::Kill, answer) => {
-                let _ = answer.send(Ok(Reply::Done));
-                return Ok(Some(Ended::Quit("ended by request")));
-            }
             Message::Asked(request, answer) => {
+                let kill = matches!(request, Request::Kill);
+                let answered = self.answer(request);
+                let killed = kill && answered.is_ok();
                 // The client may have given up waiting.
-                let _ = answer.send(self.answer(request));
+                let _ = answer.send(answered);
+                if killed {
+                    return Ok(Some(Ended::Quit("ended by request")));
+                }
             }
-            Message::GuestEnded(end) => match &self.holding {
+            Message::GuestEnded(generation, _) if generation != self.generation => {}
+            Message::GuestEnded(_, end) => match &self.holding {
                 Holding::Here(_) => return Ok(Some(Ended::Guest(end))),
                 Holding::Away(outgoing) => {
                     outgoing.cancel();
@@ -298,11 +305,16 @@ impl Service {
             Holding::InDoubt { ask_at, .. } => Some(*ask_at),
             Holding::Expected | Holding::Here(_) | Holding::Away(_) | Holding::Asking => None,
         };
-        [ask_at, self.force_stop_at].into_iter().flatten().min()
+        [ask_at, self.forced_stop()].into_iter().flatten().min()
+    }
+
+    /// When the guest is ended by force, if it is here.
+    fn forced_stop(&self) -> Option<Instant> {
+        self.force_stop_at.filter(|_| matches!(self.holding, Holding::Here(_)))
     }
 
     fn on_time(&mut self) -> Option<Ended> {
-        if self.force_stop_at.is_some_and(|at| at <= Instant::now()) {
+        if self.forced_stop().is_some_and(|at| at <= Instant::now()) {
             return Some(Ended::Quit("ended because it did not power off in time"));
         }
         self.ask_target();
@@ -322,10 +334,10 @@ impl Service {
     }
 
     fn end_listener(&self) -> EndListener {
-        let inbox = self.inbox.0.clone();
+        let (inbox, generation) = (self.inbox.0.clone(), self.generation);
         Arc::new(move |end| {
             // A loop that has ended knows of an end already.
-            let _ = inbox.send(Message::GuestEnded(end));
+            let _ = inbox.send(Message::GuestEnded(generation, end));
         })
     }
 

@@ -4,8 +4,11 @@
 
 use super::incoming::Incoming;
 use super::{Holding, Message, Service};
+use crate::config::Boot;
 use crate::machine::{DiskLocks, Machine, MachineError, Resources};
-use control::{ApiError, Phase, Pulsed, Reply, Request, admit};
+use crate::migrate::ownership::Ownership;
+use control::{ApiError, Code, MigrationStep, Phase, Pulsed, Refusal, Reply, Request, admit};
+use std::fs::File;
 use std::time::{Duration, Instant};
 
 impl Service {
@@ -23,10 +26,7 @@ impl Service {
                 self.board.enter(Phase::Paused);
                 Reply::Done
             }),
-            Request::Resume => self.on_machine(Machine::run).map(|()| {
-                self.board.enter(Phase::Running);
-                Reply::Done
-            }),
+            Request::Resume => self.resume(),
             Request::PowerButton => self.press_power_button(),
             Request::Stop(stop) => {
                 self.force_stop_at =
@@ -39,6 +39,7 @@ impl Service {
             Request::StartMigration(migration) => self.start_migration(&migration),
             Request::CancelMigration => {
                 match &self.holding {
+                    Holding::Away(_) if self.is_handed_over() => return Err(too_late()),
                     Holding::Away(outgoing) => outgoing.cancel(),
                     Holding::Expected => self.incoming.iter().for_each(Incoming::cancel),
                     Holding::Here(_) | Holding::InDoubt { .. } | Holding::Asking => {}
@@ -48,6 +49,23 @@ impl Service {
             Request::ResolveMigration(resolve) => self.resolve(resolve.owner),
             Request::Pulse(pulse) => self.pulse(pulse.times.get()),
         }
+    }
+
+    /// Lets the guest run. After a failed move it may be here without what it had given up: its disks' locks, the record
+    /// that it is this host's. It gets them back first, or does not run.
+    fn resume(&mut self) -> Result<Reply, ApiError> {
+        let Holding::Here(machine) = &mut self.holding else { return Err(not_here()) };
+        let record = Ownership::of(&self.settings.state_dir, machine.config().uuid);
+        record.remove().map_err(|error| ApiError::failed(&error))?;
+        machine.reacquire().map_err(|error| ApiError::failed(&error))?;
+        machine.run();
+        self.board.enter(Phase::Running);
+        Ok(Reply::Done)
+    }
+
+    /// Whether the target has been told to go on with the guest.
+    fn is_handed_over(&self) -> bool {
+        self.board.migration().is_some_and(|migration| migration.progress.step == MigrationStep::HandOver)
     }
 
     fn on_machine(&mut self, lead: impl FnOnce(&mut Machine)) -> Result<(), ApiError> {
@@ -78,11 +96,17 @@ impl Service {
     /// Takes the machine apart and powers a new one on, on the same console.
     fn reset(&mut self) -> Result<Reply, ApiError> {
         let failed = |error: MachineError| ApiError::failed(&error);
+        if let Holding::Here(machine) = &self.holding {
+            can_boot(&machine.config().boot)?;
+        }
         let Holding::Here(machine) = std::mem::replace(&mut self.holding, Holding::Expected) else {
             return Err(not_here());
         };
         let config = machine.config().clone();
         drop(machine);
+        // What the old machine still has to say of its end is not about the new one, which is not to be stopped either.
+        self.generation += 1;
+        self.force_stop_at = None;
         let resources = Resources::open(&config, DiskLocks::Take).map_err(|error| failed(error.into()));
         let machine = resources.and_then(|resources| self.power_on(config, resources).map_err(failed));
         match machine {
@@ -125,6 +149,21 @@ impl Service {
         }
         Ok(Reply::Pulsed(Pulsed { times, state_bytes, longest_ms: longest.into() }))
     }
+}
+
+/// Whether what a guest boots from is here, as it need not be where a guest has moved to.
+fn can_boot(boot: &Boot) -> Result<(), ApiError> {
+    for path in std::iter::once(&boot.kernel).chain(&boot.initramfs) {
+        File::open(path).map_err(|error| ApiError::Failed {
+            message: format!("The guest goes on as it was, since it could not boot: {}: {error}", path.display()),
+        })?;
+    }
+    Ok(())
+}
+
+fn too_late() -> ApiError {
+    let words = "It is too late to cancel: the target has been told to go on with the guest";
+    ApiError::Refused(Refusal::new(Phase::Migrating, Code::TooLate, words))
 }
 
 fn no_balloon() -> ApiError {

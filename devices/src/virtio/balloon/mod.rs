@@ -67,11 +67,16 @@ pub struct BalloonParts {
     pub ram_bytes: u64,
     /// How often the guest is asked for statistics; not at all if zero.
     pub statistics_every: Duration,
+    /// Whether the driver may take pages back by itself before the guest runs out of memory.
+    pub deflate_on_oom: bool,
+    /// Whether the driver may report pages that the guest does not use.
+    pub free_page_reporting: bool,
 }
 
 /// A balloon.
 #[derive(Debug)]
 pub struct Balloon {
+    features: u64,
     ram_bytes: u64,
     target_pages: u32,
     actual_pages: u32,
@@ -88,8 +93,10 @@ impl Balloon {
     /// # Errors
     /// The host's refusal of a timer.
     pub fn new(parts: BalloonParts) -> io::Result<Self> {
-        let BalloonParts { ram_bytes, statistics_every } = parts;
+        let BalloonParts { ram_bytes, statistics_every, deflate_on_oom, free_page_reporting } = parts;
+        let offered = |wanted, feature| if wanted { feature } else { 0 };
         Ok(Self {
+            features: STATS_VQ | offered(deflate_on_oom, DEFLATE_ON_OOM) | offered(free_page_reporting, PAGE_REPORTING),
             ram_bytes,
             target_pages: 0,
             actual_pages: 0,
@@ -209,7 +216,7 @@ impl VirtioDevice for Balloon {
     }
 
     fn features(&self) -> u64 {
-        STATS_VQ | DEFLATE_ON_OOM | PAGE_REPORTING
+        self.features
     }
 
     fn queue_max_sizes(&self) -> &[u16] {
@@ -309,6 +316,7 @@ impl VirtioDevice for Balloon {
 
     fn save(&self, transport: MmioSavedV1) -> BalloonSavedV1 {
         let Self {
+            features: _,
             ram_bytes: _,
             target_pages,
             actual_pages,

@@ -5,7 +5,12 @@ use ::saved::SavedState;
 use proptest::proptest;
 use std::sync::atomic::Ordering;
 
-const PARTS: BalloonParts = BalloonParts { ram_bytes: RAM, statistics_every: Duration::from_millis(5) };
+const PARTS: BalloonParts = BalloonParts {
+    ram_bytes: RAM,
+    statistics_every: Duration::from_millis(5),
+    deflate_on_oom: true,
+    free_page_reporting: true,
+};
 /// A page that tests fill and discard, and its number.
 const PLACE: u64 = 4 << 20;
 const NUMBER: u32 = 1024;
@@ -275,4 +280,14 @@ fn golden_section() {
     assert_eq!(state.encode(), golden);
     let mut back = SavedState::decode(golden).unwrap();
     assert_eq!(back.take::<BalloonSavedV1>("balloon0").unwrap(), saved());
+}
+
+#[test]
+fn only_what_is_wanted_is_offered() {
+    for (deflate_on_oom, free_page_reporting) in [(false, false), (false, true), (true, false), (true, true)] {
+        let features = Balloon::new(BalloonParts { deflate_on_oom, free_page_reporting, ..PARTS }).unwrap().features();
+        assert_eq!(features & DEFLATE_ON_OOM != 0, deflate_on_oom);
+        assert_eq!(features & PAGE_REPORTING != 0, free_page_reporting);
+        assert!(features & STATS_VQ != 0);
+    }
 }
