@@ -145,8 +145,12 @@ impl<'a, L: Link> Drive<'a, L> {
         self.channel.send(frame).map_err(|error| self.explain(error))
     }
 
-    /// A link that fails may still hold the target's reason, which says more.
+    /// A link that fails may still hold the target's reason, which says more. That of a migration that was cancelled was
+    /// cut.
     fn explain(&mut self, error: LinkError) -> SourceError {
+        if self.cancel.is_cancelled() {
+            return SourceError::Cancelled;
+        }
         self.channel.link().set_patience(LAST_WORDS);
         while self.channel.link().wait(Duration::ZERO).is_ok_and(|came| came) {
             match self.read_answer() {

@@ -219,6 +219,9 @@ fn hosts(context: &Context) -> Result<()> {
     let little = changed_world(context, "little-memory", LITTLE_MEMORY)?;
     let parts = ["The host has 64 MiB of memory, the machine asks for 512 MiB"];
     refused_machine(&little, &["--memory=512M"], USAGE, &parts)?;
+    let target = format!("unix:{}", context.work.join("in.sock").display());
+    let parts = ["No ownership record can be written in /proc/godwit; name another folder with --state-dir"];
+    refused(context, &["receive", &target, "--serial=off", "--state-dir=/proc/godwit"], ERROR, &parts)?;
     disks(context)?;
     taps(context)
 }

@@ -6,6 +6,7 @@ mod api;
 mod bad_input;
 mod bad_targets;
 mod boot;
+mod broken_moves;
 mod debian;
 mod ends;
 mod handmade;
@@ -32,6 +33,7 @@ pub const ALL: &[Scenario] = &[
     boot::LINUX,
     migrate::MICRO,
     migrate::MICRO_TWO_REGIONS,
+    broken_moves::BROKEN,
     migrate::LINUX,
     migrate::LINUX_SMP,
     migrate::PULSE,

@@ -44,6 +44,15 @@ pub enum OwnershipError {
         #[source]
         source: io::Error,
     },
+    /// No records can be made.
+    #[error("No ownership record can be written in {}; name another folder with --state-dir", path.display())]
+    Folder {
+        /// Where they belong.
+        path: PathBuf,
+        /// What the host said.
+        #[source]
+        source: io::Error,
+    },
     /// The file is not a record.
     #[error("The ownership record {} is damaged; look at it, then remove it", path.display())]
     Damaged {
@@ -66,6 +75,18 @@ impl Ownership {
     #[must_use]
     pub fn of(state_dir: &Path, guest: Uuid) -> Self {
         Self { path: state_dir.join(format!("{guest}.owner")) }
+    }
+
+    /// Checks that records can be written under `state_dir`, and creates it: a guest that arrives must not be the first
+    /// to find out.
+    ///
+    /// # Errors
+    /// [`OwnershipError::Folder`].
+    pub fn check_folder(state_dir: &Path) -> Result<(), OwnershipError> {
+        let trial = state_dir.join(format!("trial.{}", std::process::id()));
+        let written =
+            fs::create_dir_all(state_dir).and_then(|()| File::create(&trial)).and_then(|_| fs::remove_file(&trial));
+        written.map_err(|source| OwnershipError::Folder { path: state_dir.to_owned(), source })
     }
 
     /// Where the record lies.

@@ -169,6 +169,7 @@ impl Service {
         quitter: impl FnOnce(Quitter),
     ) -> Result<Self, ServiceError> {
         let kvm = Arc::new(KvmHost::open().map_err(MachineError::from)?);
+        Ownership::check_folder(&settings.state_dir)?;
         let serial = resources.serial.clone().unwrap_or_default();
         let (mut service, input) = Self::new(kvm, &serial, settings, quitter)?;
         service._console = input.connect().map_err(MachineError::from)?;
@@ -277,7 +278,7 @@ impl Service {
                 }
             }
             Message::GuestEnded(generation, _) if generation != self.generation => {}
-            Message::GuestEnded(_, end) => match &self.holding {
+            Message::GuestEnded(_, end) => match &mut self.holding {
                 Holding::Here(_) => return Ok(Some(Ended::Guest(end))),
                 Holding::Away(outgoing) => {
                     outgoing.cancel();
@@ -301,11 +302,12 @@ impl Service {
     }
 
     fn wakes_at(&self) -> Option<Instant> {
-        let ask_at = match &self.holding {
+        let due = match &self.holding {
             Holding::InDoubt { ask_at, .. } => Some(*ask_at),
-            Holding::Expected | Holding::Here(_) | Holding::Away(_) | Holding::Asking => None,
+            Holding::Away(outgoing) => outgoing.cut_at(),
+            Holding::Expected | Holding::Here(_) | Holding::Asking => None,
         };
-        [ask_at, self.forced_stop()].into_iter().flatten().min()
+        [due, self.forced_stop()].into_iter().flatten().min()
     }
 
     /// When the guest is ended by force, if it is here.
@@ -317,7 +319,11 @@ impl Service {
         if self.forced_stop().is_some_and(|at| at <= Instant::now()) {
             return Some(Ended::Quit("ended because it did not power off in time"));
         }
-        self.ask_target();
+        match &mut self.holding {
+            Holding::Away(outgoing) => outgoing.cut_if_due(),
+            Holding::InDoubt { .. } => self.ask_target(),
+            Holding::Expected | Holding::Here(_) | Holding::Asking => {}
+        }
         None
     }
 

@@ -6,11 +6,14 @@ use super::watcher::Watcher;
 use crate::machine::Machine;
 use crate::migrate::address::{AddressUseError, dial};
 use crate::migrate::leaving::Leaving;
+use crate::migrate::link::Cutter;
 use crate::migrate::ownership::Ownership;
 use crate::seccomp::{self, ThreadKind};
 use control::{JobId, MigrationMode, PeerAddress, StartMigration};
 use migration::{CancelToken, Goal, HostClock, InDoubt, Mode, Outcome, Plan, Surroundings, Unreachable, source};
 use std::sync::mpsc::Sender;
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
 
 /// How a migration out of here ended.
 #[derive(Debug)]
@@ -21,10 +24,16 @@ pub(crate) enum Departure {
     Decided(Box<Outcome<Leaving>>),
 }
 
+/// How long a cancelled migration may take to notice. It cannot while a target that hangs takes no more bytes.
+const NOTICE: Duration = Duration::from_secs(1);
+
 /// A migration that is under way.
 #[derive(Debug)]
 pub(crate) struct Outgoing {
     cancel: CancelToken,
+    /// The link's, once there is one.
+    cutter: Arc<OnceLock<Cutter>>,
+    cut_at: Option<Instant>,
 }
 
 impl Outgoing {
@@ -39,7 +48,14 @@ impl Outgoing {
         inbox: Sender<Message>,
     ) -> Result<Self, (Box<Machine>, std::io::Error)> {
         let cancel = CancelToken::new();
-        let journey = Journey { plan: plan(request, job), to: request.to.clone(), ownership, cancel: cancel.clone() };
+        let cutter = Arc::default();
+        let journey = Journey {
+            plan: plan(request, job),
+            to: request.to.clone(),
+            ownership,
+            cancel: cancel.clone(),
+            cutter: Arc::clone(&cutter),
+        };
         // The thread takes the machine from here, so that it is not lost with a thread that does not start.
         let (hand, take) = std::sync::mpsc::sync_channel(1);
         let spawned = std::thread::Builder::new().name("migrate-source".to_owned()).spawn(move || {
@@ -52,15 +68,29 @@ impl Outgoing {
         match spawned {
             Ok(_) => {
                 hand.send(machine).expect("the thread waits for the machine");
-                Ok(Self { cancel })
+                Ok(Self { cancel, cutter, cut_at: None })
             }
             Err(error) => Err((machine, error)),
         }
     }
 
     /// Asks it to end; the guest stays.
-    pub(crate) fn cancel(&self) {
+    pub(crate) fn cancel(&mut self) {
         self.cancel.cancel();
+        self.cut_at.get_or_insert_with(|| Instant::now() + NOTICE);
+    }
+
+    /// When its link is to be cut, because it was cancelled and did not notice.
+    pub(crate) fn cut_at(&self) -> Option<Instant> {
+        self.cut_at
+    }
+
+    /// Cuts its link if that is due.
+    pub(crate) fn cut_if_due(&mut self) {
+        if self.cut_at.is_some_and(|at| at <= Instant::now()) {
+            self.cut_at = None;
+            self.cutter.get().into_iter().for_each(Cutter::cut);
+        }
     }
 }
 
@@ -69,15 +99,20 @@ struct Journey {
     to: PeerAddress,
     ownership: Ownership,
     cancel: CancelToken,
+    cutter: Arc<OnceLock<Cutter>>,
 }
 
 impl Journey {
     fn make(self, machine: Box<Machine>, mut watcher: Watcher) -> Departure {
-        let Self { plan, to, ownership, cancel } = self;
+        let Self { plan, to, ownership, cancel, cutter } = self;
         let mut link = match dial(&to) {
             Ok(link) => link,
             Err(error) => return Departure::Unreachable(machine, error),
         };
+        match link.cutter() {
+            Ok(new) => drop(cutter.set(new)),
+            Err(error) => tracing::warn!(%error, "a cancel will have to wait for the target"),
+        }
         let around = Surroundings { clock: &HostClock::new(), cancel: &cancel, observer: &mut watcher };
         Departure::Decided(Box::new(source::run(Leaving::new(*machine, ownership, to), &mut link, &plan, around)))
     }

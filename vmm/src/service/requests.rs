@@ -38,8 +38,9 @@ impl Service {
             Request::SetBalloon(target) => self.set_balloon(target.target_bytes),
             Request::StartMigration(migration) => self.start_migration(&migration),
             Request::CancelMigration => {
-                match &self.holding {
-                    Holding::Away(_) if self.is_handed_over() => return Err(too_late()),
+                let too_late_now = self.is_handed_over();
+                match &mut self.holding {
+                    Holding::Away(_) if too_late_now => return Err(too_late()),
                     Holding::Away(outgoing) => outgoing.cancel(),
                     Holding::Expected => self.incoming.iter().for_each(Incoming::cancel),
                     Holding::Here(_) | Holding::InDoubt { .. } | Holding::Asking => {}

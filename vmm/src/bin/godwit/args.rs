@@ -4,7 +4,7 @@ use crate::values::{Settings, size};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use control::{Owner, PeerAddress};
 use std::num::NonZeroU32;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use uuid::Uuid;
 use vmm::config::{
     Balloon, Boot, Cpus, DEFAULT_RING_ENTRIES, DirtyTracking, Disk, EntryKind, HostResources, MACHINE_VERSION, Mac,
@@ -343,8 +343,8 @@ impl Run {
             cpus: Cpus { count: self.vcpus, topology: self.topology },
             memory: Memory { bytes: self.memory, huge_pages: self.huge_pages },
             boot: Boot {
-                kernel: self.kernel.clone(),
-                initramfs: self.initramfs.clone(),
+                kernel: whole(&self.kernel),
+                initramfs: self.initramfs.as_deref().map(whole),
                 command_line: self.cmdline.clone(),
                 entry: match self.boot {
                     BootArg::Auto => EntryKind::Auto,
@@ -389,11 +389,17 @@ impl Receive {
     }
 }
 
+/// A path that means the same to a process in another folder, such as the one that the guest moves to.
+fn whole(path: &Path) -> PathBuf {
+    // An empty path, which is not found later on, is the only one that has no whole form.
+    std::path::absolute(path).unwrap_or_else(|_| path.to_owned())
+}
+
 fn disk(id: &str, text: &str) -> Result<Disk, String> {
     let mut settings = Settings::parse("--disk", text)?;
     let disk = Disk {
         id: settings.take("id").unwrap_or_else(|| id.to_owned()),
-        path: settings.require("path")?.into(),
+        path: whole(Path::new(&settings.require("path")?)),
         read_only: settings.flag("readonly")?,
     };
     settings.finish("path, id, readonly").map(|()| disk)

@@ -31,7 +31,7 @@ fn a_machine_is_described_by_options() {
         "--memory=1G",
         "--vcpus=4",
         "--disk=path=/a",
-        "--disk=path=/b,id=data,readonly",
+        "--disk=path=b,id=data,readonly",
         "--net=create=gw0,vhost=off",
         "--balloon=on,free-page-reporting",
         "--dirty=ring:4096",
@@ -43,6 +43,8 @@ fn a_machine_is_described_by_options() {
     assert_eq!(machine.memory.bytes, 1 << 30);
     assert_eq!(machine.disks[0].id, "blk0");
     assert_eq!((machine.disks[1].id.as_str(), machine.disks[1].read_only), ("data", true));
+    // The target of a move may be in another folder.
+    assert_eq!(machine.disks[1].path, std::env::current_dir().unwrap().join("b"));
     assert_eq!(machine.nics[0].tap, Tap::Create("gw0".into()));
     assert_eq!(machine.nics[0].mac, Mac::derived(machine.uuid, 0));
     assert!(machine.balloon.unwrap().free_page_reporting);
