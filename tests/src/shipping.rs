@@ -3,7 +3,6 @@
 //!
 //! Called by `xtask test`. Lines of the scenarios go to standard output as they come.
 
-use std::cmp::Reverse;
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -21,9 +20,6 @@ use crate::tally::Tally;
 
 /// What a run takes beside the scenarios' own times: cleaning up after each.
 const SLACK: Duration = Duration::from_secs(30);
-
-/// Labs that run at the same time: one keeps little more than one of this machine's processors busy.
-const LABS: usize = 2;
 
 /// Paths in the lab.
 const LAB_SCENARIOS: &str = "/lab/scenarios";
@@ -61,16 +57,23 @@ impl Plan {
             Needs::LinuxGuests | Needs::Debian => self.choice.place == Place::Host,
             Needs::Lab => false,
         });
-        let mut tally = Tally::default();
-        if !host.is_empty() {
-            eprintln!("{} on this host", scenarios(host.len()));
-            tally += self.run_on_host(&host)?;
-        }
-        if !lab.is_empty() {
-            eprintln!("{} in the lab; {}", scenarios(lab.len()), self.choice);
-            tally += self.run_in_labs(&lab, debian.as_deref())?;
-        }
-        Ok(tally)
+        // The lab leaves half a processor of two to this host. A second lab would not be worth it: two emulators wait for
+        // each other's processors more than they gain.
+        thread::scope(|scope| {
+            let in_lab = (!lab.is_empty()).then(|| {
+                eprintln!("{} in a lab; {}", scenarios(lab.len()), self.choice);
+                scope.spawn(|| self.run_in_lab(&lab, debian.as_deref()))
+            });
+            let mut tally = Tally::default();
+            if !host.is_empty() {
+                eprintln!("{} on this host", scenarios(host.len()));
+                tally += self.run_on_host(&host)?;
+            }
+            if let Some(in_lab) = in_lab {
+                tally += in_lab.join().map_err(|_| anyhow!("The thread of the lab panicked"))??;
+            }
+            Ok(tally)
+        })
     }
 
     fn run_on_host(&self, scenarios: &[&Scenario]) -> Result<Tally> {
@@ -91,20 +94,6 @@ impl Plan {
         closing.tally.with_context(|| format!("The scenarios ended without a closing line ({status})"))
     }
 
-    /// Shares the scenarios out to labs that run at the same time.
-    fn run_in_labs(&self, scenarios: &[&Scenario], debian: Option<&Path>) -> Result<Tally> {
-        let shares = shares(scenarios);
-        thread::scope(|scope| {
-            let run = |share| move || self.run_in_lab(share, debian);
-            let labs: Vec<_> = shares.iter().map(|share| scope.spawn(run(share))).collect();
-            let mut tally = Tally::default();
-            for lab in labs {
-                tally += lab.join().map_err(|_| anyhow!("The thread of a lab panicked"))??;
-            }
-            Ok(tally)
-        })
-    }
-
     fn run_in_lab(&self, scenarios: &[&Scenario], debian: Option<&Path>) -> Result<Tally> {
         let limit = scenarios.iter().map(|scenario| scenario.timeout + SLACK).sum::<Duration>();
         let mut lab = Lab::builder()
@@ -113,7 +102,7 @@ impl Plan {
             .file(self.binaries.join("scenarios"), LAB_SCENARIOS)
             .file(self.binaries.join("godwit"), LAB_GODWIT)
             .file(&self.images, LAB_IMAGES);
-        if let Some(debian) = debian.filter(|_| scenarios.iter().any(|scenario| scenario.needs == Needs::Debian)) {
+        if let Some(debian) = debian {
             lab = lab
                 .disk(debian.join("debian.img"), &format!("{LAB_DISKS}/debian.img"))
                 .file(debian.join("ssh-key"), &format!("{LAB_DISKS}/ssh-key"))
@@ -147,19 +136,6 @@ impl Plan {
         }
         Ok(tally)
     }
-}
-
-/// Who runs what, for at most [`LABS`] labs: the scenarios that may take longest first, each to the lab that is done first.
-fn shares<'a>(scenarios: &[&'a Scenario]) -> Vec<Vec<&'a Scenario>> {
-    let mut longest_first = scenarios.to_vec();
-    longest_first.sort_by_key(|scenario| Reverse(scenario.timeout));
-    let mut shares: [(Duration, Vec<&Scenario>); LABS] = Default::default();
-    for scenario in longest_first {
-        let least = shares.iter_mut().min_by_key(|(time, _)| *time).expect("there are labs");
-        least.0 += scenario.timeout;
-        least.1.push(scenario);
-    }
-    shares.into_iter().map(|(_, share)| share).filter(|share| !share.is_empty()).collect()
 }
 
 fn scenarios(count: usize) -> String {
@@ -201,21 +177,6 @@ impl Closing {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn every_scenario_has_one_lab_and_the_long_ones_have_different_labs() {
-        let lab: Vec<_> = ALL.iter().filter(|scenario| scenario.needs != Needs::Kvm).collect();
-        let shares = shares(&lab);
-        let mut names: Vec<_> = shares.iter().flatten().map(|scenario| scenario.name).collect();
-        assert_eq!((shares.len(), names.len()), (LABS, lab.len()));
-        names.sort_unstable();
-        names.dedup();
-        assert_eq!(names.len(), lab.len());
-        let of = |name| shares.iter().position(|share| share.iter().any(|scenario| scenario.name == name));
-        assert_ne!(of("migrate-linux"), of("migrate-linux-smp"));
-        assert_eq!(super::shares(&lab[..1]).len(), 1);
-        assert!(super::shares(&[]).is_empty());
-    }
 
     #[test]
     fn the_closing_line_is_found_across_pieces() {

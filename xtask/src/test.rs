@@ -20,7 +20,7 @@ use tempfile::TempDir;
 use crate::packages;
 use crate::workspace::{binaries, build, cargo, root};
 
-/// Enough for two guests of the scenarios at once; two labs of this size fit on a machine of 8 GiB.
+/// Enough for two guests of the scenarios at once, and little enough for a machine of 8 GiB.
 const LAB_MEMORY_MIB: u32 = 3072;
 
 /// What to test.
