@@ -3,7 +3,8 @@
 
 use std::fs;
 use std::num::NonZeroU32;
-use std::time::Duration;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use control::{MigrationMode, MigrationState, Phase, Request, StartMigration};
@@ -104,8 +105,16 @@ fn break_a_move(
         return Ok(fs::remove_dir_all(folder)?);
     }
     signal(&target, Signal::CONT)?;
-    target.await_phase(Phase::Receiving)?;
-    target.client().call(&Request::Kill)?;
+    dismiss(target)
+}
+
+/// Ends a target that waits again. One that hung has yet to read what came meanwhile, and is not to be killed over it.
+fn dismiss(target: Godwit) -> Result<()> {
+    let deadline = Instant::now() + SOON;
+    while let Err(refused) = target.client().call(&Request::Kill) {
+        ensure!(Instant::now() < deadline, "The target does not wait again: {refused}");
+        sleep(Duration::from_millis(5));
+    }
     target.finish(SOON)?.expect(0, "ended by request")
 }
 
