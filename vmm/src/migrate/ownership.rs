@@ -117,6 +117,17 @@ impl Ownership {
         self.replace(owner).map_err(|source| self.io("write", source))
     }
 
+    /// Removes a record that says that the guest was given away, which it was not after all.
+    ///
+    /// # Errors
+    /// [`OwnershipError`] if the record cannot be read, or is there and stays.
+    pub fn take_back(&self) -> Result<(), OwnershipError> {
+        match self.read()? {
+            Some(Owner::GivenAway { .. }) => self.remove(),
+            Some(Owner::Mine { .. }) | None => Ok(()),
+        }
+    }
+
     /// Removes the record, if there is one: nobody need ask any more. A crash of the host does not undo it.
     ///
     /// # Errors
@@ -175,6 +186,20 @@ mod tests {
         assert_eq!(beside.len(), 1, "the fresh file does not stay");
         record.remove().unwrap();
         record.remove().unwrap();
+        assert_eq!(record.read().unwrap(), None);
+    }
+
+    #[test]
+    fn only_what_was_given_away_is_taken_back() {
+        let dir = tempfile::tempdir().unwrap();
+        let record = Ownership::of(dir.path(), Uuid::from_u128(1));
+        let mine = Owner::Mine { session: Uuid::from_u128(6) };
+        record.write(&mine).unwrap();
+        record.take_back().unwrap();
+        assert_eq!(record.read().unwrap(), Some(mine));
+        record.write(&given_away()).unwrap();
+        record.take_back().unwrap();
+        record.take_back().unwrap();
         assert_eq!(record.read().unwrap(), None);
     }
 

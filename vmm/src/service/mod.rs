@@ -319,7 +319,10 @@ impl Service {
         if self.forced_stop().is_some_and(|at| at <= Instant::now()) {
             return Some(Ended::Quit("ended because it did not power off in time"));
         }
+        let handed_over = self.is_handed_over();
         match &mut self.holding {
+            // The target's word that it has the guest is on its way, or soon will be: no cut may lose it.
+            Holding::Away(outgoing) if handed_over => outgoing.let_come(),
             Holding::Away(outgoing) => outgoing.cut_if_due(),
             Holding::InDoubt { .. } => self.ask_target(),
             Holding::Expected | Holding::Here(_) | Holding::Asking => {}

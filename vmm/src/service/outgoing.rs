@@ -85,6 +85,11 @@ impl Outgoing {
         self.cut_at
     }
 
+    /// Takes back that its link is to be cut.
+    pub(crate) fn let_come(&mut self) {
+        self.cut_at = None;
+    }
+
     /// Cuts its link if that is due.
     pub(crate) fn cut_if_due(&mut self) {
         if self.cut_at.is_some_and(|at| at <= Instant::now()) {

@@ -57,7 +57,7 @@ impl Service {
     fn resume(&mut self) -> Result<Reply, ApiError> {
         let Holding::Here(machine) = &mut self.holding else { return Err(not_here()) };
         let record = Ownership::of(&self.settings.state_dir, machine.config().uuid);
-        record.remove().map_err(|error| ApiError::failed(&error))?;
+        record.take_back().map_err(|error| ApiError::failed(&error))?;
         machine.reacquire().map_err(|error| ApiError::failed(&error))?;
         machine.run();
         self.board.enter(Phase::Running);
@@ -65,7 +65,7 @@ impl Service {
     }
 
     /// Whether the target has been told to go on with the guest.
-    fn is_handed_over(&self) -> bool {
+    pub(super) fn is_handed_over(&self) -> bool {
         self.board.migration().is_some_and(|migration| migration.progress.step == MigrationStep::HandOver)
     }
 
@@ -97,14 +97,10 @@ impl Service {
     /// Takes the machine apart and powers a new one on, on the same console.
     fn reset(&mut self) -> Result<Reply, ApiError> {
         let failed = |error: MachineError| ApiError::failed(&error);
-        if let Holding::Here(machine) = &self.holding {
-            can_boot(&machine.config().boot)?;
-        }
-        let Holding::Here(machine) = std::mem::replace(&mut self.holding, Holding::Expected) else {
-            return Err(not_here());
-        };
+        let Holding::Here(machine) = &self.holding else { return Err(not_here()) };
         let config = machine.config().clone();
-        drop(machine);
+        can_boot(&config.boot)?;
+        self.holding = Holding::Expected;
         // What the old machine still has to say of its end is not about the new one, which is not to be stopped either.
         self.generation += 1;
         self.force_stop_at = None;
