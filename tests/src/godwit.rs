@@ -11,12 +11,16 @@ use anyhow::{Context as _, Result, bail, ensure};
 use control::{
     Client, MigrationMode, MigrationState, MigrationStatus, PeerAddress, Phase, Reply, Request, StartMigration, VmInfo,
 };
+use rustix::process::{Pid, Signal, kill_process};
 
 use crate::console::Console;
 use crate::scenario::Context;
 
 /// How long a process may take to begin to serve.
 const START_WITHIN: Duration = Duration::from_secs(20);
+
+/// How long a process may take to end its guest.
+const END_WITHIN: Duration = Duration::from_secs(30);
 
 /// How often things are looked at that tell nothing by themselves.
 const LOOK_EVERY: Duration = Duration::from_millis(5);
@@ -206,6 +210,18 @@ impl Godwit {
     /// Its process id.
     pub fn pid(&self) -> u32 {
         self.child.id()
+    }
+
+    /// Sends it a signal.
+    pub fn signal(&self, signal: Signal) -> Result<()> {
+        let pid = i32::try_from(self.pid()).ok().and_then(Pid::from_raw).context("A process has a number")?;
+        kill_process(pid, signal).context("Cannot signal godwit")
+    }
+
+    /// Asks it to end its guest, and itself.
+    pub fn end(self) -> Result<()> {
+        self.client().call(&Request::Kill)?;
+        self.finish(END_WITHIN)?.expect(0, "godwit: The guest was ended by request")
     }
 
     /// Ends it at once, as by a power cut.

@@ -104,6 +104,11 @@ impl From<ChannelError> for SourceError {
 }
 
 impl SourceError {
+    /// Whether the target itself ended the migration. Before it says so, it lets go of what only one host may hold.
+    pub(super) fn is_targets_word(&self) -> bool {
+        matches!(self, Self::Refused { .. } | Self::TargetGaveUp { .. })
+    }
+
     /// Whether the target waits to be told: it does not know yet, and can still hear.
     pub(super) fn is_news(&self) -> bool {
         match self {

@@ -40,6 +40,9 @@ use uuid::Uuid;
 /// The name of this build, for the other end's messages.
 const BUILD: &str = concat!("godwit ", env!("CARGO_PKG_VERSION"));
 
+/// How long what a target has let go of may take to be free: its word may overtake the lock service of a file system.
+const LET_GO: Duration = Duration::from_secs(1);
+
 /// How one migration is to go.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Plan {
@@ -151,8 +154,10 @@ fn fail<G: SourceGuest, L: Link>(custody: Custody<G>, cause: SourceError, drive:
     if waits_for_target {
         drive.tell(&cause);
     }
-    // The target's patience ends when this end's does, at about the same time.
-    let failed = custody.hand_back(cause, drive.clock, drive.plan.patience * 2);
+    // A target that does not say that it has let go notices when its patience ends, at about the same time as this end's.
+    let until_noticed = drive.plan.patience * 2;
+    let patience = if cause.is_targets_word() { until_noticed.min(LET_GO) } else { until_noticed };
+    let failed = custody.hand_back(cause, drive.clock, patience);
     if !waits_for_target {
         drive.tell(&failed.cause);
     }

@@ -54,8 +54,7 @@ fn move_once(context: &Context, load: Load<'_>, run: usize) -> Result<(Duration,
     std::thread::sleep(TICKING);
     let account = source.migrate(&target, MigrationMode::Live, PATIENCE)?;
     let downtime = silence::between(&mut departure, &mut arrival)?;
-    target.client().call(&control::Request::Kill)?;
-    target.finish(PATIENCE)?.expect(0, "")?;
+    target.end()?;
     Ok((downtime, account.total_ms.into()))
 }
 

@@ -7,7 +7,7 @@ use std::thread::sleep;
 use std::time::Duration;
 
 use anyhow::{Result, bail, ensure};
-use control::{Phase, Request};
+use control::Phase;
 
 use super::api::Curl;
 use super::handmade::foreign_kernel;
@@ -146,7 +146,7 @@ fn sockets(context: &Context) -> Result<()> {
     refused(context, &["status", "--api", &taken], ERROR, &["the process that made the socket has ended"])?;
     let successor = start(context, "first", &[])?;
     await_answer(&successor)?;
-    end(successor)
+    successor.end()
 }
 
 /// Waits until a Godwit serves the socket that was there before it.
@@ -164,11 +164,6 @@ fn await_answer(godwit: &Godwit) -> Result<()> {
 fn start(context: &Context, name: &str, more: &[&str]) -> Result<Godwit> {
     let machine = ["--kernel", &micro(context), "--cmdline=ws=16M rate=1000 tick=20", "--memory=64M"];
     Godwit::run(context, name, &[&machine, more].concat())
-}
-
-fn end(godwit: Godwit) -> Result<()> {
-    godwit.client().call(&Request::Kill)?;
-    godwit.finish(SOON)?.expect(0, "The guest was ended by request")
 }
 
 /// A `godwit` that runs in a world of its own, which `change` makes: shell commands in a mount namespace, of which the
@@ -266,7 +261,7 @@ fn disks(context: &Context) -> Result<()> {
 
     let writer = start(context, "writer", &[&option])?;
     refused_machine(context, &[&option], ERROR, &["disk is locked by another writer"])?;
-    end(writer)?;
+    writer.end()?;
     let twice = format!("{option},id=other");
     refused_machine(context, &[&option, &twice], USAGE, &["make both read-only or copy it"])
 }
@@ -278,7 +273,7 @@ fn taps(context: &Context) -> Result<()> {
     let owner = start(context, "owner", &["--net=create=gwbad0"])?;
     let parts = ["Tap gwbad0 is taken by another process: end that process or choose another name"];
     refused_machine(context, &["--net=tap=gwbad0"], ERROR, &parts)?;
-    end(owner)
+    owner.end()
 }
 
 /// Method, path, body; status, and parts of the answer.
@@ -318,10 +313,9 @@ fn requests(context: &Context) -> Result<()> {
         }
     }
     godwit.console()?.expect("tick", SOON)?;
-    end(godwit)?;
+    godwit.end()?;
     let waiting = Godwit::receive(context, "waiting", &[])?;
     let answer = Curl::at(&waiting).expect("POST", "/v1/vm/pause", None, 409)?;
     ensure!(answer.contains(r#""phase":"receiving""#), "{answer}");
-    waiting.client().call(&Request::Kill)?;
-    waiting.finish(SOON)?.expect(0, "")
+    waiting.end()
 }

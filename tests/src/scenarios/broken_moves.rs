@@ -1,16 +1,18 @@
-//! Moves that begin and do not come to their end: cancelled, out of time, or with an end that hangs or dies. The guest
-//! goes on at the source, the target waits for the next one, and the move that is tried again succeeds.
+//! Moves that begin and do not come to their end: cancelled, out of time, with an end that hangs or dies, or with a disk
+//! that somebody takes meanwhile. The guest goes on at the source, the target waits for the next one, and the move that is
+//! tried again succeeds.
 
-use std::fs;
+use std::fs::{self, File};
 use std::num::NonZeroU32;
-use std::thread::sleep;
+use std::thread::{self, sleep};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use control::{MigrationMode, MigrationState, Phase, Request, StartMigration};
-use guest_images::micro::Line;
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::fs::{FlockOperation, fcntl_lock};
+use rustix::process::Signal;
 
+use super::migrate::verify_micro;
 use crate::console::Console;
 use crate::godwit::Godwit;
 use crate::scenario::{Context, Needs, Scenario};
@@ -25,6 +27,15 @@ pub(super) const BROKEN: Scenario = Scenario {
 };
 
 const SOON: Duration = Duration::from_secs(20);
+
+/// See its `about`.
+pub(super) const TAKEN_DISK: Scenario = Scenario {
+    name: "taken-disk",
+    about: "A disk that somebody takes during a move stops it; the guest does not go on before its disk is free again",
+    needs: Needs::Kvm,
+    timeout: Duration::from_secs(60),
+    run: taken_disk,
+};
 
 /// What ends a move to a target that hangs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -46,15 +57,9 @@ fn broken_moves(context: &Context) -> Result<()> {
         }
     }
     let target = Godwit::receive(context, "target", &[])?;
-    let mut arrived = target.console()?;
+    let arrived = target.console()?;
     godwit.migrate(&target, MigrationMode::Live, SOON)?;
-    arrived.say("q")?;
-    let last = arrived.find("the guest's last word", SOON, |line| {
-        let word = Line::parse(&line.text);
-        matches!(word, Line::End { .. } | Line::Bad(_)).then_some(word)
-    })?;
-    ensure!(matches!(last, Line::End { bad: 0, .. }), "The guest says {last:?}");
-    target.finish(SOON)?.expect(0, "The guest powered off")?;
+    verify_micro(target, arrived)?;
     source_dies(context, &machine)
 }
 
@@ -71,14 +76,14 @@ fn break_a_move(
     match mode {
         // It hangs before it has answered the offer.
         MigrationMode::Stop => {
-            signal(&target, Signal::STOP)?;
+            target.signal(Signal::STOP)?;
             godwit.client().call(&order)?;
         }
         // It hangs while memory comes in: the source waits for room in the socket.
         MigrationMode::Live => {
             godwit.client().call(&order)?;
             target.await_phase(Phase::Incoming)?;
-            signal(&target, Signal::STOP)?;
+            target.signal(Signal::STOP)?;
         }
     }
     godwit.await_phase(Phase::Migrating)?;
@@ -89,7 +94,7 @@ fn break_a_move(
         }
         Trouble::Timeout => MigrationState::Failed,
         Trouble::TargetDies => {
-            signal(&target, Signal::KILL)?;
+            target.signal(Signal::KILL)?;
             MigrationState::Failed
         }
     };
@@ -104,7 +109,7 @@ fn break_a_move(
         target.finish(SOON)?;
         return Ok(fs::remove_dir_all(folder)?);
     }
-    signal(&target, Signal::CONT)?;
+    target.signal(Signal::CONT)?;
     dismiss(target)
 }
 
@@ -118,6 +123,40 @@ fn dismiss(target: Godwit) -> Result<()> {
     target.finish(SOON)?.expect(0, "ended by request")
 }
 
+/// Somebody waits for the disk's lock and gets it when the source gives it up, before the target can.
+fn taken_disk(context: &Context) -> Result<()> {
+    let path = context.work.join("disk");
+    File::create(&path)?.set_len(1 << 20)?;
+    let disk = format!("path={}", path.display());
+    let kernel = context.images.join("micro.elf").display().to_string();
+    let machine = ["--kernel", &kernel, "--cmdline=ws=16M rate=1000 tick=20", "--memory=64M", "--disk", &disk];
+    let godwit = Godwit::run(context, "source", &machine)?;
+    let mut console = godwit.console()?;
+    console.expect("tick", SOON)?;
+    let target = Godwit::receive(context, "target", &[])?;
+    let thief = File::options().write(true).open(&path)?;
+    let waits = thread::spawn(move || fcntl_lock(&thief, FlockOperation::LockExclusive).map(|()| thief));
+    godwit.start_migration(&target, MigrationMode::Stop)?;
+    let thief = waits.join().ok().context("Who waits for the lock panicked")??;
+    godwit.await_phase(Phase::Paused)?;
+    let status = godwit.migration()?.context("The source has no account of the migration")?;
+    let why = status.error.unwrap_or_default();
+    println!("{why}");
+    let in_use = format!("{} is locked by another writer", path.display());
+    ensure!(status.state == MigrationState::Failed && why.contains("The guest is still here, but"), "{why:?}");
+    ensure!(why.contains(&in_use), "The disk is not named: {why:?}");
+    let refused = godwit.client().call(&Request::Resume).err().context("It was resumed without its disk")?;
+    ensure!(refused.to_string().contains(&in_use), "The refusal does not name the disk: {refused}");
+    console.pending();
+    drop(thief);
+    godwit.client().call(&Request::Resume)?;
+    console.expect("tick", SOON)?;
+    let mut arrived = target.console()?;
+    godwit.migrate(&target, MigrationMode::Live, SOON)?;
+    arrived.expect("tick", SOON)?;
+    target.end()
+}
+
 /// A target whose source dies in the middle goes back to waiting, and takes another guest.
 fn source_dies(context: &Context, machine: &[&str]) -> Result<()> {
     let target = Godwit::receive(context, "patient", &[])?;
@@ -125,20 +164,14 @@ fn source_dies(context: &Context, machine: &[&str]) -> Result<()> {
     dies.await_phase(Phase::Running)?;
     dies.start_migration(&target, MigrationMode::Live)?;
     target.await_phase(Phase::Incoming)?;
-    signal(&target, Signal::STOP)?;
+    target.signal(Signal::STOP)?;
     let folder = dies.folder().to_owned();
     dies.kill()?;
     fs::remove_dir_all(folder)?;
-    signal(&target, Signal::CONT)?;
+    target.signal(Signal::CONT)?;
     target.await_phase(Phase::Receiving)?;
     let lives = Godwit::run(context, "lives", machine)?;
     lives.await_phase(Phase::Running)?;
     lives.migrate(&target, MigrationMode::Stop, SOON)?;
-    target.client().call(&Request::Kill)?;
-    target.finish(SOON)?.expect(0, "ended by request")
-}
-
-fn signal(godwit: &Godwit, signal: Signal) -> Result<()> {
-    let pid = i32::try_from(godwit.pid()).ok().and_then(Pid::from_raw).context("A process has a number")?;
-    kill_process(pid, signal).context("Cannot signal godwit")
+    target.end()
 }

@@ -6,8 +6,8 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use control::{Phase, Request};
-use rustix::process::{Pid, Signal, kill_process};
+use control::Phase;
+use rustix::process::Signal;
 
 use super::handmade::Program;
 use crate::godwit::{Godwit, call};
@@ -90,8 +90,7 @@ fn by_signal(context: &Context) -> Result<()> {
     for signal in [Signal::TERM, Signal::INT, Signal::HUP] {
         let godwit = Godwit::run(context, "halts.d", &["--kernel", &kernel, "--memory=32M"])?;
         let folder = godwit.folder().to_owned();
-        let pid = Pid::from_raw(i32::try_from(godwit.pid())?).expect("a child has a number");
-        kill_process(pid, signal)?;
+        godwit.signal(signal)?;
         let ended = godwit.finish(SOON)?;
         ended.expect(0, "godwit: The guest was ended by a signal")?;
         ensure!(ended.status.signal().is_none(), "It did not end by itself: {}", ended.status);
@@ -199,6 +198,5 @@ fn survive(context: &Context, name: &str, program: Program, disk: &Path) -> Resu
     let words = godwit.words();
     ensure!(words.contains("WARN") && words.contains("blk0"), "{name}: no line names the device: {words:?}");
     ensure!(godwit.vm()?.phase == Phase::Running, "{name}: the guest does not run on");
-    godwit.client().call(&Request::Kill)?;
-    godwit.finish(SOON)?.expect(0, "The guest was ended by request")
+    godwit.end()
 }

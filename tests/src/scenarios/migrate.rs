@@ -8,6 +8,7 @@ use guest_images::micro::Line;
 use verifier::net::Client;
 
 use crate::bridge::Bridge;
+use crate::console::Console;
 use crate::godwit::{Godwit, call};
 use crate::scenario::{Context, Needs, Scenario};
 use crate::traveller::Traveller;
@@ -127,7 +128,7 @@ fn told_alike(context: &Context, source: Godwit) -> Result<Godwit> {
 }
 
 /// Lets the micro guest look at every page, and power off.
-fn verify_micro(godwit: Godwit, mut console: crate::console::Console) -> Result<()> {
+pub(super) fn verify_micro(godwit: Godwit, mut console: Console) -> Result<()> {
     console.say("q")?;
     let last = console.find("the guest's last word", Duration::from_secs(60), |line| {
         let word = Line::parse(&line.text);

@@ -34,6 +34,7 @@ pub const ALL: &[Scenario] = &[
     migrate::MICRO,
     migrate::MICRO_TWO_REGIONS,
     broken_moves::BROKEN,
+    broken_moves::TAKEN_DISK,
     migrate::LINUX,
     migrate::LINUX_SMP,
     migrate::PULSE,
