@@ -19,6 +19,8 @@ use crate::fault::Faults;
 /// Connections at a time; one more is closed at once.
 const CONNECTIONS: u64 = 32;
 const CONNECTION_STACK: usize = 64 << 10;
+/// Between two tries to connect, which the kernel may refuse at once.
+const CONNECT_EVERY: Duration = Duration::from_millis(100);
 const WORD: usize = 8;
 const BUFFER: usize = 4096;
 
@@ -187,7 +189,9 @@ impl Client {
         let start = Instant::now();
         let stream = loop {
             match TcpStream::connect(&address) {
-                Err(error) if error.kind() == io::ErrorKind::HostUnreachable && start.elapsed() < patience => {}
+                Err(error) if error.kind() == io::ErrorKind::HostUnreachable && start.elapsed() < patience => {
+                    thread::sleep(CONNECT_EVERY);
+                }
                 connected => break connected?,
             }
         };

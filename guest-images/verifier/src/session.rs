@@ -20,8 +20,8 @@ use crate::pattern::{Page, Stream};
 use crate::report::{Line, Report};
 use crate::worker::Worker;
 
-/// How long a mode may take for its report: verifying a big disk of an emulated guest is slow.
-const PATIENCE: Duration = Duration::from_secs(120);
+/// How long all modes together may take for a report: verifying a big disk of an emulated guest is slow.
+const PATIENCE: Duration = Duration::from_secs(60);
 /// Probes of other vCPUs than the first are there to compare clocks, not to find the shortest gap.
 const SLOWER: u32 = 10;
 const LONGEST_COMMAND: usize = 64;
@@ -117,26 +117,27 @@ impl Modes {
     /// Asks every mode.
     fn report(&self) -> Report {
         let mut report = Report::default();
+        let until = Instant::now() + PATIENCE;
         for worker in &self.memory {
-            report.memory.merge(answer(worker, &mut report.silent).unwrap_or_default());
+            report.memory.merge(answer(worker, until, &mut report.silent).unwrap_or_default());
         }
         let mut probes = self.clock.iter();
-        if let Some(first) = probes.next().and_then(|worker| answer(worker, &mut report.silent)) {
+        if let Some(first) = probes.next().and_then(|worker| answer(worker, until, &mut report.silent)) {
             report.clock = first;
         }
         for worker in probes {
-            report.clock.merge(answer(worker, &mut report.silent).unwrap_or_default());
+            report.clock.merge(answer(worker, until, &mut report.silent).unwrap_or_default());
         }
-        report.disk = self.disk.as_ref().and_then(|worker| answer(worker, &mut report.silent));
-        report.dmesg = self.kernel_log.as_ref().and_then(|worker| answer(worker, &mut report.silent));
+        report.disk = self.disk.as_ref().and_then(|worker| answer(worker, until, &mut report.silent));
+        report.dmesg = self.kernel_log.as_ref().and_then(|worker| answer(worker, until, &mut report.silent));
         report.net = self.net.as_ref().map(Server::report);
         report.judged()
     }
 }
 
 /// A mode's report; one that has none is named.
-fn answer<R: Send + 'static>(worker: &Worker<R>, silent: &mut Vec<String>) -> Option<R> {
-    let report = worker.report(PATIENCE);
+fn answer<R: Send + 'static>(worker: &Worker<R>, until: Instant, silent: &mut Vec<String>) -> Option<R> {
+    let report = worker.report(until.saturating_duration_since(Instant::now()));
     if report.is_none() {
         silent.push(worker.name().to_owned());
     }

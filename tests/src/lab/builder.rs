@@ -136,20 +136,24 @@ impl LabBuilder {
         );
         let mut candidates = Accelerator::candidates().into_iter().peekable();
         while let Some(accelerator) = candidates.next() {
-            let booted = match self.boot_by(accelerator) {
-                // One emulated lab in some hundred hangs while its own kernel boots: a processor stands still.
-                Err(error) if accelerator == Accelerator::Tcg && error.is::<NotUp>() => {
-                    eprintln!("Booting the lab once more: {error:#}");
-                    self.boot_by(accelerator)
-                }
-                booted => booted,
-            };
-            match booted {
+            match self.boot_patiently(accelerator) {
                 Err(error) if candidates.peek().is_some() => eprintln!("No lab by {accelerator}: {error:#}"),
                 booted => return booted,
             }
         }
         bail!("There is no way to run a lab")
+    }
+
+    /// Boots an emulated lab a second time if it does not come up: one in some hundred hangs while its own kernel boots,
+    /// with a processor that stands still.
+    fn boot_patiently(&self, accelerator: Accelerator) -> Result<Lab> {
+        match self.boot_by(accelerator) {
+            Err(error) if accelerator == Accelerator::Tcg && error.is::<NotUp>() => {
+                eprintln!("Booting the lab once more: {error:#}");
+                self.boot_by(accelerator)
+            }
+            booted => booted,
+        }
     }
 
     fn boot_by(&self, accelerator: Accelerator) -> Result<Lab> {

@@ -17,7 +17,7 @@ use super::leftovers::{Census, clear, kill_descendants, temporary_folder};
 use super::{Context, Scenario};
 use crate::tally::Tally;
 
-/// Lines of a failed scenario's output that are shown.
+/// How many of the last lines that a failed scenario wrote to each of its streams are shown.
 const SHOWN_LINES: usize = 60;
 
 /// The argument that makes the binary run the body of one scenario.
@@ -67,8 +67,8 @@ fn run_one(scenario: &Scenario, setup: &Setup<'_>) -> Result<()> {
     let work = TempDir::with_prefix("godwit-scenario-").context("Cannot make a folder for the scenario")?;
     fs::create_dir(temporary_folder(work.path()))?;
     let before = Census::take();
-    let log = work.path().join("output.log");
-    let mut child = start(scenario, setup, work.path(), &log)?;
+    let (errors, output) = (work.path().join("errors.log"), work.path().join("output.log"));
+    let mut child = start(scenario, setup, work.path(), [&errors, &output])?;
     let status = await_end(&mut child, scenario.timeout)?;
     let left = clear(&before, work.path());
     let verdict = match status {
@@ -81,15 +81,16 @@ fn run_one(scenario: &Scenario, setup: &Setup<'_>) -> Result<()> {
     for thing in left {
         verdict += &format!("\nleft behind: {thing}");
     }
-    bail!("{verdict}\n{}", tail(&log))
+    bail!("{verdict}\n{}\nBefore that:\n{}", tail(&errors), tail(&output))
 }
 
-fn start(scenario: &Scenario, setup: &Setup<'_>, work: &Path, log: &Path) -> Result<Child> {
-    let output = File::create(log).context("Cannot make the scenario's log")?;
+fn start(scenario: &Scenario, setup: &Setup<'_>, work: &Path, logs: [&Path; 2]) -> Result<Child> {
+    let [errors, output] = logs.map(File::create);
     let mut command = Command::new(setup.binary);
     command.arg(BODY).arg(scenario.name).args([setup.godwit, setup.images, work]);
     command.env("TMPDIR", temporary_folder(work)).stdin(Stdio::null());
-    command.stdout(output.try_clone()?).stderr(output);
+    command.stdout(output.context("Cannot make the scenario's log")?);
+    command.stderr(errors.context("Cannot make the scenario's log")?);
     command.spawn().with_context(|| format!("Cannot start {}", setup.binary.display()))
 }
 
