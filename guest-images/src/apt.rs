@@ -8,6 +8,7 @@ use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context, Result, bail};
+use tempfile::TempDir;
 
 use crate::command;
 
@@ -16,7 +17,76 @@ const APT: &str = "apt";
 /// The Debian package of `dpkg-deb`.
 const DPKG: &str = "dpkg";
 
-/// A package in the version that this machine's apt would install.
+/// Debian packages whose tools fetch and unpack others; every Debian machine has them.
+pub(crate) const PACKAGES: &[&str] = &[APT, DPKG];
+
+/// Where packages come from.
+#[derive(Debug)]
+pub(crate) struct Sources {
+    options: Vec<String>,
+    /// Holds the lists that the options name.
+    _folder: Option<TempDir>,
+}
+
+impl Sources {
+    /// The sources of this machine.
+    pub(crate) fn own() -> Self {
+        // apt would drop its privileges to a user who may not write to the folders here, and warn about that.
+        Self { options: vec!["APT::Sandbox::User=root".to_owned()], _folder: None }
+    }
+
+    /// The sources in `lines` (sources.list(5)) and no others. Their package lists are fetched, and kept beside those of
+    /// this machine for as long as this value lives.
+    pub(crate) fn fetch(lines: &str) -> Result<Self> {
+        let folder = tempfile::tempdir().context("Cannot make a temporary directory")?;
+        let path = |name: &str| folder.path().join(name).display().to_string();
+        fs::write(path("sources.list"), lines)?;
+        fs::create_dir_all(path("cache/archives/partial"))?;
+        fs::create_dir_all(path("lists/partial"))?;
+        let mut options = Self::own().options;
+        options.extend([
+            format!("Dir::Etc::SourceList={}", path("sources.list")),
+            "Dir::Etc::SourceParts=/dev/null".to_owned(),
+            format!("Dir::State::Lists={}", path("lists")),
+            format!("Dir::Cache={}", path("cache")),
+            "Acquire::Languages=none".to_owned(),
+        ]);
+        let sources = Self { options, _folder: Some(folder) };
+        command::run(sources.command("apt-get").args(["-q", "update"]), APT)?;
+        Ok(sources)
+    }
+
+    fn command(&self, tool: &str) -> Command {
+        let mut command = Command::new(tool);
+        command.args(self.options.iter().flat_map(|option| ["-o", option]));
+        command
+    }
+
+    /// The version of a package that apt would install from here.
+    pub(crate) fn candidate(&self, package: &str) -> Result<Candidate> {
+        let record = command::run(self.command("apt-cache").args(["show", "--no-all-versions", package]), APT)
+            .with_context(|| format!("apt does not know the package `{package}`; run `apt-get update` first"))?;
+        Candidate::from_record(&record).with_context(|| format!("apt-cache shows nothing of use for `{package}`"))
+    }
+
+    /// Downloads a package and unpacks its files below `into`.
+    pub(crate) fn unpack(&self, candidate: &Candidate, into: &Path) -> Result<()> {
+        let Candidate { package, version, depends: _ } = candidate;
+        let download = tempfile::tempdir().context("Cannot make a temporary directory")?;
+        tracing::info!(package, version, "downloading");
+        let mut get = self.command("apt-get");
+        get.args(["-q", "download", &format!("{package}={version}")]).current_dir(download.path());
+        command::run(&mut get, APT)
+            .context("If the mirror has gone ahead of this machine's package lists, `apt-get update` helps")?;
+        let Some(archive) = fs::read_dir(download.path())?.next() else {
+            bail!("apt-get downloaded nothing for {package} {version}");
+        };
+        command::run(Command::new("dpkg-deb").arg("-x").arg(archive?.path()).arg(into), DPKG)?;
+        Ok(())
+    }
+}
+
+/// A package in the version that apt would install.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Candidate {
     pub(crate) package: String,
@@ -26,13 +96,6 @@ pub(crate) struct Candidate {
 }
 
 impl Candidate {
-    /// Asks apt for a package.
-    pub(crate) fn of(package: &str) -> Result<Self> {
-        let record = command::run(Command::new("apt-cache").args(["show", "--no-all-versions", package]), APT)
-            .with_context(|| format!("apt does not know the package `{package}`; run `apt-get update` first"))?;
-        Self::from_record(&record).with_context(|| format!("apt-cache shows nothing of use for `{package}`"))
-    }
-
     fn from_record(record: &str) -> Option<Self> {
         let field = |name: &str| record.lines().find_map(|line| line.strip_prefix(name)).map(str::trim);
         Some(Self {
@@ -48,22 +111,6 @@ impl Candidate {
         let (package, version) = dependencies.find(|name| name.starts_with(prefix))?.split_once(" (= ")?;
         let version = version.strip_suffix(')')?.to_owned();
         Some(Self { package: package.to_owned(), version, depends: String::new() })
-    }
-
-    /// Downloads the package and unpacks its files below `into`.
-    pub(crate) fn unpack(&self, into: &Path) -> Result<()> {
-        let download = tempfile::tempdir().context("Cannot make a temporary directory")?;
-        tracing::info!(package = self.package, version = self.version, "downloading");
-        let mut get = Command::new("apt-get");
-        // apt would drop its privileges to a user who may not write to this directory, and warn about that.
-        get.args(["-q", "-o", "APT::Sandbox::User=root", "download", &format!("{}={}", self.package, self.version)]);
-        command::run(get.current_dir(download.path()), APT)
-            .context("If the mirror has gone ahead of this machine's package lists, `apt-get update` helps")?;
-        let Some(archive) = fs::read_dir(download.path())?.next() else {
-            bail!("apt-get downloaded nothing for {} {}", self.package, self.version);
-        };
-        command::run(Command::new("dpkg-deb").arg("-x").arg(archive?.path()).arg(into), DPKG)?;
-        Ok(())
     }
 }
 
@@ -87,7 +134,7 @@ mod tests {
 
     #[test]
     fn an_unknown_package_comes_with_the_remedy() {
-        let error = Candidate::of("godwit-no-such-package").unwrap_err().to_string();
+        let error = Sources::own().candidate("godwit-no-such-package").unwrap_err().to_string();
         assert!(error.contains("`godwit-no-such-package`") && error.contains("apt-get update"), "{error}");
     }
 }

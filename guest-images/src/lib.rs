@@ -1,4 +1,4 @@
-//! Guest images from Debian packages, and the micro guest.
+//! Guest images and an emulator from Debian packages, and the micro guest.
 //!
 //! Called by the tests, the benches and xtask: [`Images::open`] names a cache directory, each of its methods gives one
 //! image and builds it first when it is not there or its ingredients changed. Everything comes from packages that apt
@@ -9,9 +9,11 @@ mod apt;
 mod cache;
 mod command;
 pub mod debian;
+pub mod emulator;
 mod initramfs;
 pub mod kernel;
 pub mod micro;
+mod mirror;
 pub mod newc;
 pub mod tiny;
 
@@ -22,6 +24,7 @@ use anyhow::Result;
 
 use cache::Cache;
 pub use debian::Debian;
+pub use emulator::Emulator;
 pub use kernel::Kernel;
 pub use kernel::modules::Module;
 pub use tiny::Tiny;
@@ -50,6 +53,11 @@ impl Images {
         // Two threads may both get here: the cache builds once, and both find the same kernel.
         let kernel = Kernel::fetch(&self.cache)?;
         Ok(self.kernel.get_or_init(|| kernel))
+    }
+
+    /// A QEMU that can be relied on where it emulates several processors that run guests.
+    pub fn emulator(&self) -> Result<Emulator> {
+        Emulator::find(&self.cache)
     }
 
     /// A guest of a kernel and an initramfs; `verifier` is the static program to put into it.

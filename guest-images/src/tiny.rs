@@ -8,7 +8,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result};
 
-use crate::apt::Candidate;
+use crate::apt::Sources;
 use crate::cache::{Cache, Key};
 use crate::command;
 use crate::initramfs::{self, Initramfs};
@@ -57,12 +57,13 @@ impl Tiny {
 
 /// Debian's static busybox.
 fn busybox(cache: &Cache) -> Result<PathBuf> {
-    let candidate = Candidate::of(BUSYBOX)?;
+    let sources = Sources::own();
+    let candidate = sources.candidate(BUSYBOX)?;
     let key = Key::new().with(REVISION).with(&candidate.version);
     let label = candidate.version.replace([':', '/'], "_");
     let entry = cache.get("busybox", &label, key, |into| {
         let unpacked = tempfile::tempdir_in(into)?;
-        candidate.unpack(unpacked.path())?;
+        sources.unpack(&candidate, unpacked.path())?;
         let places = ["bin/busybox", "usr/bin/busybox"].map(|place| unpacked.path().join(place));
         let found = places.iter().find(|place| place.is_file());
         Ok(fs::rename(found.with_context(|| format!("{BUSYBOX} has no busybox"))?, into.join("busybox"))?)

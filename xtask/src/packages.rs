@@ -6,20 +6,21 @@ use std::collections::BTreeSet;
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail, ensure};
-use guest_images::{debian, kernel, micro, tiny};
+use guest_images::{debian, emulator, kernel, micro, tiny};
 
-/// What a nested lab is made of: QEMU with its firmware, the shell and the network tools inside, mke2fs for its root,
-/// ldd, and setpriv around QEMU.
-const LAB: &[&str] = &["qemu-system-x86", "busybox-static", "iproute2", "e2fsprogs", "libc-bin", "util-linux"];
+/// What a nested lab is made of beside QEMU: the shell and the network tools inside, mke2fs for its root, ldd, and setpriv
+/// around QEMU.
+const LAB: &[&str] = &["busybox-static", "iproute2", "e2fsprogs", "libc-bin", "util-linux"];
 
 /// Packages of `cargo xtask lab`.
 pub(crate) fn for_lab() -> Vec<&'static str> {
-    [LAB, kernel::PACKAGES].concat()
+    [emulator::PACKAGES, LAB, kernel::PACKAGES].concat()
 }
 
 /// Packages of `cargo xtask test`.
 pub(crate) fn for_test() -> Vec<&'static str> {
     [
+        emulator::PACKAGES,
         LAB,
         kernel::PACKAGES,
         tiny::PACKAGES,

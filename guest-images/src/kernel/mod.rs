@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 
-use crate::apt::Candidate;
+use crate::apt::{Candidate, Sources};
 use crate::cache::{Cache, Key};
 use modules::{Index, Module};
 
@@ -19,7 +19,7 @@ use modules::{Index, Module};
 const META_PACKAGE: &str = "linux-image-cloud-amd64";
 const IMAGE_PREFIX: &str = "linux-image-";
 /// Debian packages whose tools this recipe calls; every Debian machine has them.
-pub const PACKAGES: &[&str] = &["apt", "dpkg"];
+pub const PACKAGES: &[&str] = crate::apt::PACKAGES;
 /// Everything that shapes an entry besides the package; count up when this recipe changes.
 const REVISION: &str = "1";
 const INDEX: &str = "modules.index";
@@ -34,7 +34,7 @@ pub struct Kernel {
 
 impl Kernel {
     pub(crate) fn fetch(cache: &Cache) -> Result<Self> {
-        let meta = Candidate::of(META_PACKAGE)?;
+        let meta = Sources::own().candidate(META_PACKAGE)?;
         let image = meta
             .exact_dependency(IMAGE_PREFIX)
             .with_context(|| format!("{META_PACKAGE} {} depends on no kernel image", meta.version))?;
@@ -80,7 +80,7 @@ impl Kernel {
 
 fn build(image: &Candidate, release: &str, into: &Path) -> Result<()> {
     let unpacked = tempfile::tempdir_in(into).context("Cannot make a temporary directory")?;
-    image.unpack(unpacked.path())?;
+    Sources::own().unpack(image, unpacked.path())?;
     let vmlinuz = into.join("vmlinuz");
     fs::rename(unpacked.path().join(format!("boot/vmlinuz-{release}")), &vmlinuz)
         .with_context(|| format!("The package {} has no boot/vmlinuz-{release}", image.package))?;

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use guest_images::kernel::modules::Module;
 use guest_images::newc::Newc;
-use guest_images::{DEFAULT_CACHE, Images, Kernel};
+use guest_images::{DEFAULT_CACHE, Emulator, Images, Kernel};
 use tempfile::TempDir;
 use thiserror::Error;
 
@@ -167,8 +167,13 @@ impl LabBuilder {
         let disks = self.numbered_disks();
         let tree = self.root_tree(&further, &disks)?;
         tree.into_image(&folder.path().join(ROOT_IMAGE), u64::from(self.free_mib) << 20)?;
+        let qemu = match accelerator {
+            Accelerator::Kvm(_) => Emulator::installed(),
+            Accelerator::Tcg => Images::open(&self.images)?.emulator()?,
+        };
         let hardware = Hardware {
             accelerator,
+            qemu,
             cpus: self.cpus,
             memory_mib: self.memory_mib,
             kernel: kernel.bzimage(),

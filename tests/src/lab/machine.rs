@@ -14,6 +14,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
+use guest_images::Emulator;
 use tempfile::TempDir;
 
 use super::root::{BYSTANDER, ROOT_SERIAL};
@@ -30,6 +31,7 @@ const KERNEL_ARGUMENTS: &str = "console=ttyS0 panic=1 reboot=t quiet mitigations
 #[derive(Debug, Clone)]
 pub(super) struct Hardware {
     pub(super) accelerator: Accelerator,
+    pub(super) qemu: Emulator,
     pub(super) cpus: u8,
     pub(super) memory_mib: u32,
     pub(super) kernel: PathBuf,
@@ -142,7 +144,8 @@ fn command(hardware: &Hardware, folder: &Path) -> Result<Command> {
     let complaints = File::create(folder.join(COMPLAINTS)).context("Cannot make the log of QEMU")?;
     // setpriv sets the parent-death signal for what it becomes, which std can do only by unsafe code.
     let mut command = Command::new("setpriv");
-    command.args(["--pdeathsig", "KILL", "qemu-system-x86_64", "-name", "godwit-lab"]);
+    command.args(["--pdeathsig", "KILL"]).arg(hardware.qemu.program()).args(hardware.qemu.options());
+    command.args(["-name", "godwit-lab"]);
     command.args(["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-monitor", "none"]);
     command.args(["-machine", "q35", "-net", "none"]);
     match hardware.accelerator {

@@ -4,8 +4,6 @@
 //! on ttyS0 and ssh with a key that is made with the disk; there is no password. The disk boots with the initramfs of
 //! the `tiny` recipe and `godwit.root=/dev/vda`, so a new verifier needs no new disk: `/init` brings it along.
 
-mod mirror;
-
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::os::unix::fs::{MetadataExt, symlink};
@@ -17,8 +15,8 @@ use anyhow::{Context, Result, bail, ensure};
 use crate::cache::{Cache, Key};
 use crate::command;
 use crate::kernel::Kernel;
+use crate::mirror::Mirror;
 use crate::tiny::Tiny;
-use mirror::Mirror;
 
 /// Debian packages whose tools this recipe calls.
 pub const PACKAGES: &[&str] = &["apt", "mmdebstrap", "e2fsprogs", "debian-archive-keyring"];

@@ -1,7 +1,8 @@
 //! Where this machine gets its Debian from.
 //!
-//! Called by the `debian` recipe: mmdebstrap reads neither `/etc/apt/sources.list*` nor `/etc/apt/apt.conf*`, so that
-//! what a new system needs of them is taken from apt itself, whatever syntax they are written in.
+//! Called by the recipes that need more of it than packages that apt has on offer: mmdebstrap reads neither
+//! `/etc/apt/sources.list*` nor `/etc/apt/apt.conf*`, and a suite may not stand in them. So what is needed of them is taken
+//! from apt itself, whatever syntax they are written in.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -15,33 +16,46 @@ const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 /// apt's settings about how to reach a mirror, as opposed to what to do with it.
 const OPTIONS: &[&str] = &["Acquire::http", "Acquire::https", "Acquire::Retries", "Acquire::Check-"];
 
+/// The release of Debian that this machine runs, like `bookworm`.
+pub(crate) fn codename() -> Result<String> {
+    let release = fs::read_to_string("/etc/os-release").context("Cannot read /etc/os-release")?;
+    let codename = release.lines().find_map(|line| line.strip_prefix("VERSION_CODENAME="));
+    codename.map(str::to_owned).context("/etc/os-release has no VERSION_CODENAME; this recipe needs Debian")
+}
+
 /// The Debian archive as this machine sees it.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Mirror {
-    pub(super) codename: String,
+pub(crate) struct Mirror {
+    pub(crate) codename: String,
     /// `deb` lines.
-    pub(super) sources: String,
+    pub(crate) sources: String,
     /// Lines of an apt.conf.
-    pub(super) options: Vec<String>,
+    pub(crate) options: Vec<String>,
 }
 
 impl Mirror {
-    pub(super) fn of_this_machine() -> Result<Self> {
-        let release = fs::read_to_string("/etc/os-release").context("Cannot read /etc/os-release")?;
-        let codename = release.lines().find_map(|line| line.strip_prefix("VERSION_CODENAME="));
-        let codename = codename.context("/etc/os-release has no VERSION_CODENAME; this recipe needs Debian")?;
+    pub(crate) fn of_this_machine() -> Result<Self> {
+        let codename = codename()?;
         let fields = "$(ORIGIN)|$(CODENAME)|$(COMPONENT)|$(REPO_URI)";
         let targets = command::run(
             Command::new("apt-get").args(["indextargets", "--format", fields, "Created-By: Packages"]),
             "apt",
         )?;
         let settings = command::run(Command::new("apt-config").arg("dump"), "apt")?;
-        let mirror = Self::from_apt(codename, &targets, &settings);
+        let mirror = Self::from_apt(&codename, &targets, &settings);
         ensure!(
             !mirror.sources.is_empty(),
             "apt has no package lists of Debian {codename}; run `apt-get update` (or add its `main` to the sources)"
         );
         Ok(mirror)
+    }
+
+    /// The `deb` line of this release's backports, from where the release itself comes.
+    pub(crate) fn backports(&self) -> Result<String> {
+        let release = format!(" {} main", self.codename);
+        let line = self.sources.lines().find(|line| line.ends_with(&release));
+        let line = line.with_context(|| format!("apt has no package lists of Debian {}", self.codename))?;
+        Ok(format!("{} {}-backports main\n", line.trim_end_matches(&release), self.codename))
     }
 
     fn from_apt(codename: &str, targets: &str, settings: &str) -> Self {
@@ -77,6 +91,10 @@ mod tests {
         let line = |uri, suite| format!("deb [signed-by={KEYRING}] {uri} {suite} main\n");
         let expected = line("http://mirror.test/debian/", "bookworm") + &line("http://s.test/", "bookworm-security");
         assert_eq!(mirror.sources, expected);
+        let backports = line("http://mirror.test/debian/", "bookworm-backports");
+        assert_eq!(mirror.backports().unwrap(), backports);
+        let only_security = Mirror::from_apt("bookworm", "Debian|bookworm-security|main|http://s.test/\n", "");
+        assert!(only_security.backports().is_err());
         assert_eq!(mirror.options, ["Acquire::http::Proxy \"http://p:1\"", "Acquire::Check-Date \"false\""]);
     }
 
