@@ -91,11 +91,6 @@ pub enum Happening {
         /// What was wrong.
         cause: String,
     },
-    /// Nobody reads the guest's console any more.
-    ConsoleClosed {
-        /// Why.
-        cause: String,
-    },
     /// Events were lost to this subscriber because it was too slow, or asked for what is no longer kept. The event's
     /// own number is that of the last lost one.
     Lagged {
@@ -116,7 +111,6 @@ impl Happening {
             Self::MigrationEnded { .. } => "migration_ended",
             Self::GuestEnded { .. } => "guest_ended",
             Self::DeviceNeedsReset { .. } => "device_needs_reset",
-            Self::ConsoleClosed { .. } => "console_closed",
             Self::Lagged { .. } => "lagged",
         }
     }
@@ -227,8 +221,8 @@ impl Events {
 mod tests {
     use super::*;
 
-    fn closed() -> Happening {
-        Happening::ConsoleClosed { cause: "The terminal went away".to_owned() }
+    fn failed() -> Happening {
+        Happening::DeviceNeedsReset { device: "blk0".to_owned(), cause: "The queue loops".to_owned() }
     }
 
     fn sequences(found: &Found) -> Vec<u64> {
@@ -243,7 +237,7 @@ mod tests {
         let events = Events::default();
         assert_eq!((events.newest(), events.after(0)), (0, Found::Nothing));
         for expected in 1..=40 {
-            assert_eq!(events.publish(closed()), expected);
+            assert_eq!(events.publish(failed()), expected);
         }
         assert_eq!(sequences(&events.after(0)), (1..=32).collect::<Vec<_>>());
         assert_eq!(sequences(&events.after(38)), [39, 40]);
@@ -255,7 +249,7 @@ mod tests {
         let events = Events::default();
         let extra = 10;
         for _ in 0..BACKLOG as u64 + extra {
-            events.publish(closed());
+            events.publish(failed());
         }
         let Found::Lagged(event) = events.after(3) else { panic!("events 4 to 10 are gone") };
         assert_eq!((event.sequence, event.what), (extra, Happening::Lagged { missed: 7 }));
@@ -266,7 +260,7 @@ mod tests {
     fn a_number_from_an_earlier_process_means_from_the_beginning() {
         let events = Events::default();
         assert_eq!(events.after(9), Found::Nothing);
-        events.publish(closed());
+        events.publish(failed());
         assert_eq!(sequences(&events.after(9)), [1]);
     }
 
@@ -276,7 +270,7 @@ mod tests {
         let mut published = events.clone().subscribe();
         published.mark_unchanged();
         assert!(!published.has_changed().unwrap());
-        events.publish(closed());
+        events.publish(failed());
         assert!(published.has_changed().unwrap());
     }
 }

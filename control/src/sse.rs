@@ -67,15 +67,20 @@ mod tests {
     use proptest::prelude::*;
 
     fn event(cause: &str) -> Event {
-        Event { sequence: 7, at_ms: 1, what: Happening::ConsoleClosed { cause: cause.to_owned() } }
+        Event {
+            sequence: 7,
+            at_ms: 1,
+            what: Happening::DeviceNeedsReset { device: "blk0".to_owned(), cause: cause.to_owned() },
+        }
     }
 
     #[test]
     fn an_event_is_three_lines_and_an_empty_one() {
         let mut out = Vec::new();
         write(&event("two\nlines"), &mut out).unwrap();
-        let expected = "id: 7\nevent: console_closed\n\
-             data: {\"sequence\":7,\"at_ms\":1,\"what\":{\"type\":\"console_closed\",\"cause\":\"two\\nlines\"}}\n\n";
+        let expected = "id: 7\nevent: device_needs_reset\n\
+             data: {\"sequence\":7,\"at_ms\":1,\"what\":{\"type\":\"device_needs_reset\",\"device\":\"blk0\",\
+             \"cause\":\"two\\nlines\"}}\n\n";
         assert_eq!(String::from_utf8(out).unwrap(), expected);
     }
 

@@ -113,6 +113,10 @@ struct Stage {
     directory: TempDir,
 }
 
+fn failed(cause: &str) -> Happening {
+    Happening::DeviceNeedsReset { device: "blk0".to_owned(), cause: cause.to_owned() }
+}
+
 impl Stage {
     fn with(limits: Limits) -> Self {
         let directory = tempfile::tempdir().unwrap();
@@ -153,7 +157,7 @@ impl Stage {
     }
 
     fn publish(&self, cause: &str) {
-        self.events.publish(Happening::ConsoleClosed { cause: cause.to_owned() });
+        self.events.publish(failed(cause));
     }
 
     /// Sends a request as text, and gives the status, the head and the body of the answer.
@@ -412,7 +416,7 @@ fn events_arrive_in_order_from_where_the_client_is() {
     }
     let fresh: Vec<_> = fresh.take(99).map(Result::unwrap).collect();
     assert!(fresh.iter().map(|event| event.sequence).eq(2..=100));
-    assert_eq!(fresh[98].what, Happening::ConsoleClosed { cause: "event 100".into() });
+    assert_eq!(fresh[98].what, failed("event 100"));
     assert!(all.take(100).map(|event| event.unwrap().sequence).eq(1..=100));
     let late = stage.client().events(After::Sequence(97)).unwrap();
     assert!(late.take(3).map(|event| event.unwrap().sequence).eq(98..=100));
@@ -435,7 +439,7 @@ fn the_stream_is_plain_server_sent_events_with_heartbeats() {
     read_until("content-type: text/event-stream\r\n");
     read_until(": heartbeat\n\n");
     stage.publish("the cable");
-    read_until("id: 1\nevent: console_closed\ndata: {\"sequence\":1,");
+    read_until("id: 1\nevent: device_needs_reset\ndata: {\"sequence\":1,");
     read_until("\"cause\":\"the cable\"}}\n\n");
 }
 
@@ -616,5 +620,5 @@ fn curl_can_do_everything() {
         child.wait().unwrap();
         text
     });
-    assert!(events.starts_with(b"id: 1\nevent: console"));
+    assert!(events.starts_with(b"id: 1\nevent: device_"));
 }

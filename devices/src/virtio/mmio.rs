@@ -16,6 +16,7 @@ use super::{Interrupt, Io, QueueOwner, RestoreError, VirtioDevice, Virtq};
 use crate::worker::{Attachment, Polls, Task, Worker, WorkerError};
 use crate::{BusDevice, Device, Gpa, GuestRam, QuiesceError};
 use saved::{SavedError, SavedState};
+use std::fmt;
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
@@ -76,6 +77,25 @@ pub struct MmioParts {
     pub irq: EventFd,
     /// Whose thread the device works on.
     pub worker: Worker,
+    /// Who is told when the device fails.
+    pub on_failure: FailureListener,
+}
+
+/// Who is told why a device stands still until its driver resets it. A driver that brings that about again and again is
+/// told of some times only.
+pub struct FailureListener(Box<dyn Fn(&str) + Send + Sync>);
+
+impl FailureListener {
+    /// Has `told` called with the reason, from the device's worker or a vCPU's thread, which waits for it.
+    pub fn new(told: impl Fn(&str) + Send + Sync + 'static) -> Self {
+        Self(Box::new(told))
+    }
+}
+
+impl fmt::Debug for FailureListener {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("FailureListener").finish_non_exhaustive()
+    }
 }
 
 #[derive(Debug)]
@@ -122,7 +142,7 @@ impl<D: VirtioDevice> Mmio<D> {
         parts: MmioParts,
         prepare: impl FnOnce(&mut Core<D>) -> Result<(), RestoreError>,
     ) -> Result<Self, MmioError> {
-        let MmioParts { id, ram, irq, worker } = parts;
+        let MmioParts { id, ram, irq, worker, on_failure } = parts;
         let hold = Arc::new(AtomicBool::new(false));
         let interrupt = Interrupt::new(irq);
         let (mut queues, mut notifiers) = (Vec::new(), Vec::new());
@@ -134,7 +154,7 @@ impl<D: VirtioDevice> Mmio<D> {
         }
         let look = EventFd::new(EFD_NONBLOCK).map_err(MmioError::Event)?;
         let io = Io { ram, features: 0, queues, interrupt: interrupt.clone() };
-        let mut core = Core::new(id.clone(), device, io, look.try_clone().map_err(MmioError::Event)?);
+        let mut core = Core::new(id.clone(), device, io, look.try_clone().map_err(MmioError::Event)?, on_failure);
         prepare(&mut core)?;
         hold.store(core.run() == Run::Standing, Ordering::Release);
         let shared = Arc::new(Shared { id, interrupt, notifiers, look, hold, core: Mutex::new(core) });

@@ -31,7 +31,7 @@ mod serve;
 pub(crate) mod testing;
 
 pub use interrupt::Interrupt;
-pub use mmio::{Mmio, MmioError, MmioParts};
+pub use mmio::{FailureListener, Mmio, MmioError, MmioParts};
 pub use queue::{BrokenRing, Buffer, Chain, GuestSlice, Virtq};
 
 use crate::{Gpa, GuestRam};

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use control::Phase;
+use control::{After, Happening, Phase};
 use rustix::process::Signal;
 
 use super::handmade::Program;
@@ -197,6 +197,12 @@ fn survive(context: &Context, name: &str, program: Program, disk: &Path) -> Resu
     godwit.console()?.expect("the device needs a reset", SOON)?;
     let words = godwit.words();
     ensure!(words.contains("WARN") && words.contains("blk0"), "{name}: no line names the device: {words:?}");
+    let mut events = godwit.client().events(After::Sequence(0))?;
+    let told = events.find_map(|event| match event.ok()?.what {
+        Happening::DeviceNeedsReset { device, .. } => Some(device),
+        _ => None,
+    });
+    ensure!(told.as_deref() == Some("blk0"), "{name}: no event names the device: {told:?}");
     ensure!(godwit.vm()?.phase == Phase::Running, "{name}: the guest does not run on");
     godwit.end()
 }

@@ -1,6 +1,7 @@
-//! How the guest's end becomes known: vCPU threads and power ports tell [`Ends`], which passes it on once.
+//! How the guest's end, and what is wrong with its devices, becomes known: vCPU threads, power ports and devices tell
+//! [`Ends`], which passes it on.
 //!
-//! The first end counts: what follows it (a triple fault after a panic) is its consequence. A migration asks, after the
+//! The first end counts, and is told once: what follows it (a triple fault after a panic) is its consequence. A migration asks, after the
 //! vCPUs stand, whether the guest has ended, so that a guest that powered off is never moved.
 
 use crate::dirty::DirtyTracker;
@@ -10,18 +11,32 @@ use std::error::Error;
 use std::fmt;
 use std::sync::{Arc, OnceLock};
 
-/// Who is told of the guest's end. Called from a vCPU thread, which waits for it.
-pub type EndListener = Arc<dyn Fn(GuestEnd) + Send + Sync>;
+/// What a machine tells of itself.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Notice {
+    /// The guest ended.
+    Ended(GuestEnd),
+    /// A device stands still until its driver resets it.
+    DeviceFailed {
+        /// Its id.
+        device: String,
+        /// What was wrong.
+        cause: String,
+    },
+}
+
+/// Who is told. Called from threads of vCPUs and devices, which wait for it.
+pub type NoticeListener = Arc<dyn Fn(Notice) + Send + Sync>;
 
 /// The guest's end, once it has come.
 pub(crate) struct Ends {
-    listener: EndListener,
+    listener: NoticeListener,
     tracker: Arc<dyn DirtyTracker>,
     first: OnceLock<GuestEnd>,
 }
 
 impl Ends {
-    pub(crate) fn new(listener: EndListener, tracker: Arc<dyn DirtyTracker>) -> Self {
+    pub(crate) fn new(listener: NoticeListener, tracker: Arc<dyn DirtyTracker>) -> Self {
         Self { listener, tracker, first: OnceLock::new() }
     }
 
@@ -39,9 +54,14 @@ impl Ends {
         });
     }
 
+    /// Passes on that a device failed.
+    pub(crate) fn on_device_failure(&self, device: &str, cause: &str) {
+        (self.listener)(Notice::DeviceFailed { device: device.to_owned(), cause: cause.to_owned() });
+    }
+
     fn tell(&self, end: GuestEnd) {
         if self.first.set(end.clone()).is_ok() {
-            (self.listener)(end);
+            (self.listener)(Notice::Ended(end));
         }
     }
 }

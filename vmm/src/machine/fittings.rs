@@ -16,12 +16,12 @@ use crate::layout::{
 use crate::seccomp;
 use crate::vcpu::Buses;
 use devices::power::{PM_PORTS, PowerEvent, PowerManagement, PowerParts, PowerPort};
-use devices::virtio::VirtioDevice;
 use devices::virtio::balloon::{Balloon, BalloonParts};
 use devices::virtio::blk::{Blk, BlkParts};
 use devices::virtio::mmio::{Mmio, MmioParts};
 use devices::virtio::net::{MacAddress, Net, Tap};
 use devices::virtio::rng::Rng;
+use devices::virtio::{FailureListener, VirtioDevice};
 use devices::{BusDevice, Device, Worker};
 use kvm_ioctls::IoEventAddress;
 use saved::SavedState;
@@ -63,6 +63,7 @@ struct Fitter<'a> {
     all: Vec<Arc<dyn Device>>,
     windows: usize,
     shared_worker: Worker,
+    ends: &'a Arc<Ends>,
 }
 
 impl Fittings {
@@ -78,7 +79,7 @@ impl Fittings {
         ends: &Arc<Ends>,
     ) -> Result<(Self, Buses), MachineError> {
         let mut fitter =
-            Fitter { chassis, origin, buses: Buses::default(), all: Vec::new(), windows: 0, shared_worker };
+            Fitter { chassis, origin, buses: Buses::default(), all: Vec::new(), windows: 0, shared_worker, ends };
         let Resources { disks, taps } = resources;
         let disks = config
             .disks
@@ -116,7 +117,7 @@ impl Fittings {
             None => None,
         };
         fitter.serial(line)?;
-        let power = fitter.power(ends)?;
+        let power = fitter.power()?;
         let Fitter { buses, all, .. } = fitter;
         Ok((Self { all, power, balloon, disks, nics, taps: kept_taps }, buses))
     }
@@ -156,7 +157,14 @@ impl Fitter<'_> {
             Some(name) => Worker::spawn(name, seccomp::enter_worker)?,
             None => self.shared_worker.clone(),
         };
-        let parts = MmioParts { id: id.to_owned(), ram: self.chassis.memory().ram().clone(), irq, worker };
+        // Weak, since a worker may let go of its device a moment after the machine did, and would hold its VM.
+        let (ends, device) = (Arc::downgrade(self.ends), id.to_owned());
+        let on_failure = FailureListener::new(move |cause| {
+            if let Some(ends) = ends.upgrade() {
+                ends.on_device_failure(&device, cause);
+            }
+        });
+        let parts = MmioParts { id: id.to_owned(), ram: self.chassis.memory().ram().clone(), irq, worker, on_failure };
         let device = Arc::new(match &mut self.origin {
             Origin::PowerOn => Mmio::new(new(device_parts)?, parts)?,
             Origin::Saved(state) => Mmio::restore(state, device_parts, parts)?,
@@ -190,8 +198,8 @@ impl Fitter<'_> {
         Ok(())
     }
 
-    fn power(&mut self, ends: &Arc<Ends>) -> Result<Arc<PowerManagement>, MachineError> {
-        let ends = Arc::clone(ends);
+    fn power(&mut self) -> Result<Arc<PowerManagement>, MachineError> {
+        let ends = Arc::clone(self.ends);
         let listener: Arc<dyn Fn(PowerEvent) + Send + Sync> = Arc::new(move |event| ends.on_power(event));
         let parts =
             PowerParts { id: POWER_ID.to_owned(), sci: self.interrupt(SCI_GSI)?, listener: Arc::clone(&listener) };

@@ -15,7 +15,7 @@ mod fittings;
 mod line;
 mod resources;
 
-pub use ends::EndListener;
+pub use ends::{Notice, NoticeListener};
 pub use error::MachineError;
 pub use line::{LineError, LineInput, SerialLine};
 pub use resources::{DiskLocks, ResourceError, Resources};
@@ -59,7 +59,7 @@ pub struct EmptyMachine {
 }
 
 impl EmptyMachine {
-    /// Makes the VM of a validated `config`, with fresh memory. `listener` hears of the guest's end.
+    /// Makes the VM of a validated `config`, with fresh memory. `listener` hears what happens to it.
     ///
     /// # Errors
     /// [`MachineError`] if the host lacks something.
@@ -68,7 +68,7 @@ impl EmptyMachine {
         config: MachineConfig,
         resources: Resources,
         line: Arc<SerialLine>,
-        listener: EndListener,
+        listener: NoticeListener,
     ) -> Result<Self, MachineError> {
         let memory = GuestMemory::create(config.memory.bytes, config.memory.huge_pages)?;
         Self::around(host, config, memory, resources, line, listener)
@@ -80,7 +80,7 @@ impl EmptyMachine {
         memory: GuestMemory,
         resources: Resources,
         line: Arc<SerialLine>,
-        listener: EndListener,
+        listener: NoticeListener,
     ) -> Result<Self, MachineError> {
         let threads = Threads::start(&config)?;
         let (chassis, vcpus) = Chassis::build(host, &config, memory)?;
@@ -268,7 +268,7 @@ impl Machine {
     ///
     /// # Errors
     /// [`MachineError`]; the guest is lost then, so this is for tests.
-    pub fn pulse(mut self, host: &KvmHost, listener: EndListener) -> Result<(Self, u64), MachineError> {
+    pub fn pulse(mut self, host: &KvmHost, listener: NoticeListener) -> Result<(Self, u64), MachineError> {
         self.stand()?;
         let state = self.save()?.encode();
         let Self { vcpus, fittings, line, chassis, ends, config, cpuid, stance: _ } = self;

@@ -4,7 +4,7 @@ use super::offer::MachineOffer;
 use crate::config::{ConfigError, HostLimits, HostResources, MachineConfig};
 use crate::cpuid;
 use crate::kvm::KvmHost;
-use crate::machine::{DiskLocks, EmptyMachine, EndListener, Machine, MachineError, Resources, SerialLine};
+use crate::machine::{DiskLocks, EmptyMachine, Machine, MachineError, NoticeListener, Resources, SerialLine};
 use crate::memory::MemoryError;
 use crate::state::CpuidEntryV1;
 use migration::{GuestPages, Offer, PageRun, RamRegion, Refusal, TargetHost, in_words};
@@ -62,7 +62,7 @@ pub struct Arriving {
     host: Arc<KvmHost>,
     resources: HostResources,
     line: Arc<SerialLine>,
-    listener: EndListener,
+    listener: NoticeListener,
     prepared: LetIn,
     stage: Stage,
 }
@@ -74,14 +74,14 @@ impl fmt::Debug for Arriving {
 }
 
 impl Arriving {
-    /// A host that lays `resources` over what a machine brings along. `listener` hears of the guest's end, and `prepared`
+    /// A host that lays `resources` over what a machine brings along. `listener` hears what happens to it, and `prepared`
     /// of each machine that is let in.
     #[must_use]
     pub fn new(
         host: Arc<KvmHost>,
         resources: HostResources,
         line: Arc<SerialLine>,
-        listener: EndListener,
+        listener: NoticeListener,
         prepared: LetIn,
     ) -> Self {
         Self { host, resources, line, listener, prepared, stage: Stage::Nothing }

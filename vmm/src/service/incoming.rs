@@ -6,7 +6,7 @@ use super::board::Board;
 use super::watcher::{Watcher, begun, post_failure, post_report};
 use crate::config::{HostResources, MachineConfig};
 use crate::kvm::KvmHost;
-use crate::machine::{EndListener, Machine, SerialLine};
+use crate::machine::{Machine, NoticeListener, SerialLine};
 use crate::migrate::address::{AddressUseError, Listener};
 use crate::migrate::arriving::Arriving;
 use crate::migrate::claims::ClaimRecord;
@@ -34,7 +34,7 @@ pub(crate) struct Host {
     pub(crate) kvm: Arc<KvmHost>,
     pub(crate) resources: HostResources,
     pub(crate) line: Arc<SerialLine>,
-    pub(crate) listener: EndListener,
+    pub(crate) listener: NoticeListener,
 }
 
 /// The thread that serves links. It ends, with its socket, on drop.

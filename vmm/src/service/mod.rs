@@ -22,7 +22,9 @@ pub use ends::{Ended, ServiceError};
 
 use crate::config::{HostLimits, HostResources, MachineConfig, Serial};
 use crate::kvm::KvmHost;
-use crate::machine::{DiskLocks, EmptyMachine, EndListener, LineInput, Machine, MachineError, Resources, SerialLine};
+use crate::machine::{
+    DiskLocks, EmptyMachine, LineInput, Machine, MachineError, Notice, NoticeListener, Resources, SerialLine,
+};
 use crate::migrate::claims::ClaimRecord;
 use crate::migrate::leaving::Leaving;
 use crate::migrate::ownership::{Owner, Ownership};
@@ -49,8 +51,8 @@ use std::time::Instant;
 pub(crate) enum Message {
     /// A request, admitted by phase, and where its answer goes.
     Asked(Request, SyncSender<Result<Reply, ApiError>>),
-    /// The guest ended by itself, in the machine of this generation: a reset makes a new one.
-    GuestEnded(u64, GuestEnd),
+    /// The word of the machine of this generation: a reset makes a new one.
+    Noticed(u64, Notice),
     /// Somebody wants the process to end.
     Quit(&'static str),
     /// The guest could not be put together again.
@@ -178,7 +180,7 @@ impl Service {
             kvm: Arc::clone(&service.kvm),
             resources,
             line: Arc::clone(&service.line),
-            listener: service.end_listener(),
+            listener: service.notice_listener(),
         };
         let (board, inbox) = (service.board.clone(), service.inbox.0.clone());
         let claims = ClaimRecord::new(random_uuid()?, &service.settings.state_dir);
@@ -277,8 +279,11 @@ impl Service {
                     return Ok(Some(Ended::Quit("ended by request")));
                 }
             }
-            Message::GuestEnded(generation, _) if generation != self.generation => {}
-            Message::GuestEnded(_, end) => match &mut self.holding {
+            Message::Noticed(generation, _) if generation != self.generation => {}
+            Message::Noticed(_, Notice::DeviceFailed { device, cause }) => {
+                self.board.events().publish(Happening::DeviceNeedsReset { device, cause });
+            }
+            Message::Noticed(_, Notice::Ended(end)) => match &mut self.holding {
                 Holding::Here(_) => return Ok(Some(Ended::Guest(end))),
                 Holding::Away(outgoing) => {
                     outgoing.cancel();
@@ -338,15 +343,15 @@ impl Service {
     }
 
     fn power_on(&self, config: MachineConfig, resources: Resources) -> Result<Machine, MachineError> {
-        EmptyMachine::new(&self.kvm, config, resources, Arc::clone(&self.line), self.end_listener())?
+        EmptyMachine::new(&self.kvm, config, resources, Arc::clone(&self.line), self.notice_listener())?
             .power_on(&self.kvm)
     }
 
-    fn end_listener(&self) -> EndListener {
+    fn notice_listener(&self) -> NoticeListener {
         let (inbox, generation) = (self.inbox.0.clone(), self.generation);
-        Arc::new(move |end| {
-            // A loop that has ended knows of an end already.
-            let _ = inbox.send(Message::GuestEnded(generation, end));
+        Arc::new(move |notice| {
+            // A loop that has ended knows of an end already, and needs to know no more.
+            let _ = inbox.send(Message::Noticed(generation, notice));
         })
     }
 

@@ -129,7 +129,7 @@ impl Service {
             };
             let begun = Instant::now();
             let running = machine.is_running();
-            match machine.pulse(&self.kvm, self.end_listener()) {
+            match machine.pulse(&self.kvm, self.notice_listener()) {
                 Ok((mut restored, bytes)) => {
                     if running {
                         restored.run();

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::virtio::testing::{Bench, Driver, DriverRing, FREE, RAM_BYTES, REGION_BORDER, VERSION_1, ram, wait_until};
-use crate::virtio::{GuestSlice, Mmio, MmioParts, QueueSavedV1};
+use crate::virtio::{FailureListener, GuestSlice, Mmio, MmioParts, QueueSavedV1};
 use crate::worker::Worker;
 use crate::{Device, GuestRam};
 use proptest::prelude::*;
@@ -334,7 +334,8 @@ fn a_long_queue_is_served_in_turns() {
 
 fn parts(ram: &GuestRam) -> MmioParts {
     let irq = EventFd::new(0).unwrap();
-    MmioParts { id: "blk0".into(), ram: ram.clone(), irq, worker: Worker::spawn("blk0", || {}).unwrap() }
+    let (worker, on_failure) = (Worker::spawn("blk0", || {}).unwrap(), FailureListener::new(|_| {}));
+    MmioParts { id: "blk0".into(), ram: ram.clone(), irq, worker, on_failure }
 }
 
 fn blk_parts(backend: &MemoryBackend) -> BlkParts {

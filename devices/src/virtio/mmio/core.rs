@@ -11,6 +11,7 @@
 //! Invariant: the device model is called with work only while `Started`.
 
 use super::super::{BrokenRing, Fault, Io, MmioSavedV1, Progress, QueueSavedV1, VirtioDevice};
+use super::FailureListener;
 use std::error::Error;
 use std::time::{Duration, Instant};
 use virtio_bindings::virtio_config::{
@@ -41,7 +42,7 @@ pub(super) const TRANSPORT_FEATURES: u64 =
 
 /// How long a device may take to stop when its driver resets it or breaks it: the vCPU waits that long.
 const STOP_WITHIN: Duration = Duration::from_secs(2);
-/// So many complaints about one driver are warnings; a guest that goes on does not fill the host's log.
+/// So many complaints about one driver are warnings, and told; a guest that goes on does not fill the host's log.
 const LOUD_COMPLAINTS: u32 = 16;
 
 /// Whether the device works.
@@ -103,13 +104,14 @@ pub(super) struct Core<D> {
     pub(super) registers: Registers,
     pub(super) run: Run,
     look: EventFd,
+    on_failure: FailureListener,
     complaints: u32,
 }
 
 impl<D: VirtioDevice> Core<D> {
-    pub(super) fn new(id: String, device: D, io: Io, look: EventFd) -> Self {
+    pub(super) fn new(id: String, device: D, io: Io, look: EventFd, on_failure: FailureListener) -> Self {
         let registers = Registers::power_on(device.queue_max_sizes());
-        Self { id, device, io, registers, run: Run::Idle, look, complaints: 0 }
+        Self { id, device, io, registers, run: Run::Idle, look, on_failure, complaints: 0 }
     }
 
     pub(super) fn run(&self) -> Run {
@@ -306,17 +308,25 @@ impl<D: VirtioDevice> Core<D> {
     /// Logs what the driver can provoke as often as it likes.
     fn complain(&mut self, complaint: std::fmt::Arguments<'_>) {
         self.complaints = self.complaints.saturating_add(1);
-        if self.complaints <= LOUD_COMPLAINTS {
+        if self.is_loud() {
             tracing::warn!(id = self.id, "{complaint}");
         } else {
             tracing::debug!(id = self.id, "{complaint}");
         }
     }
 
+    fn is_loud(&self) -> bool {
+        self.complaints <= LOUD_COMPLAINTS
+    }
+
     /// Stops all work until the driver resets the device, and tells it so (virtio 1.3, 2.1.2).
     fn fail(&mut self, fault: &Fault) {
         let cause = fault.source().map(|cause| format!(": {cause}")).unwrap_or_default();
-        self.complain(format_args!("The device needs a reset by its driver: {fault}{cause}"));
+        let reason = format!("{fault}{cause}");
+        self.complain(format_args!("The device needs a reset by its driver: {reason}"));
+        if self.is_loud() {
+            (self.on_failure.0)(&reason);
+        }
         self.registers.status |= NEEDS_RESET;
         if self.run == Run::Started {
             self.stop();

@@ -19,6 +19,8 @@ const SOURCE: u32 = 5;
 /// What a test sees and says behind the device's back.
 #[derive(Debug, Default)]
 struct Script {
+    /// What the listener was told.
+    failures: Vec<String>,
     calls: Vec<&'static str>,
     does_not_stop: bool,
     does_not_flush: bool,
@@ -155,16 +157,18 @@ struct Rig {
     source: EventFd,
 }
 
-fn parts(ram: &GuestRam) -> (MmioParts, EventFd) {
+fn parts(ram: &GuestRam, script: &Arc<Mutex<Script>>) -> (MmioParts, EventFd) {
     let irq = EventFd::new(EFD_NONBLOCK).unwrap();
     let worker = Worker::spawn("echo0", || {}).unwrap();
-    (MmioParts { id: "echo0".into(), ram: ram.clone(), irq: irq.try_clone().unwrap(), worker }, irq)
+    let script = Arc::clone(script);
+    let on_failure = FailureListener::new(move |cause| script.lock().unwrap().failures.push(cause.to_owned()));
+    (MmioParts { id: "echo0".into(), ram: ram.clone(), irq: irq.try_clone().unwrap(), worker, on_failure }, irq)
 }
 
 impl Rig {
     fn new() -> Self {
         let (ram, script) = (ram(), Arc::default());
-        let (parts, irq) = parts(&ram);
+        let (parts, irq) = parts(&ram, &script);
         let device = Echo::new(&script);
         let source = device.source.try_clone().unwrap();
         let rings = vec![DriverRing::new(&ram, 0, 16), DriverRing::new(&ram, 1, 8)];
@@ -185,7 +189,7 @@ impl Rig {
         let mut state = SavedState::new();
         self.mmio.save(&mut state).unwrap();
         let script = Arc::default();
-        let (parts, irq) = parts(&self.ram);
+        let (parts, irq) = parts(&self.ram, &script);
         let mmio = Mmio::<Echo>::restore(&mut state, Arc::clone(&script), parts).unwrap();
         state.finish().unwrap();
         let source = mmio.with(|device, _| device.source.try_clone().unwrap());
@@ -469,7 +473,22 @@ fn bad_indirect_tables_are_broken_rings() {
         rig.driver().kick(0);
         rig.wait_for_needs_reset();
         assert_eq!(rig.driver().status(), 0x4f, "{what}");
+        let failures = rig.script.lock().unwrap().failures.clone();
+        assert!(matches!(&failures[..], [why] if why.contains("descriptor")), "{what}: {failures:?}");
     }
+}
+
+#[test]
+fn a_driver_that_breaks_its_device_again_and_again_is_told_of_some_times() {
+    let rig = Rig::new();
+    rig.script.lock().unwrap().does_not_start = true;
+    for _ in 0..100 {
+        rig.driver().write(0x70, 0);
+        assert!(rig.driver().negotiate(VERSION_1));
+        rig.driver().add_status(4);
+        rig.wait_for_needs_reset();
+    }
+    assert_eq!(rig.script.lock().unwrap().failures.len(), 16);
 }
 
 #[test]

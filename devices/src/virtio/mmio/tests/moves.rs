@@ -135,7 +135,7 @@ fn restored(transport: MmioSavedV1) -> Result<Mmio<Echo>, MmioError> {
     let ram = ram();
     let mut state = SavedState::new();
     state.put("echo0", &EchoSavedV1 { transport }).unwrap();
-    Mmio::restore(&mut state, Arc::default(), parts(&ram).0)
+    Mmio::restore(&mut state, Arc::default(), parts(&ram, &Arc::default()).0)
 }
 
 #[test]
@@ -211,7 +211,8 @@ fn impossible_states_are_refused() {
 
 #[test]
 fn a_missing_section_is_an_error() {
-    let error = Mmio::<Echo>::restore(&mut SavedState::new(), Arc::default(), parts(&ram()).0).unwrap_err();
+    let error =
+        Mmio::<Echo>::restore(&mut SavedState::new(), Arc::default(), parts(&ram(), &Arc::default()).0).unwrap_err();
     assert!(matches!(error, MmioError::Section(SavedError::Missing { .. })), "{error}");
 }
 

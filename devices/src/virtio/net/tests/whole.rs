@@ -1,7 +1,7 @@
 //! The NIC behind its real transport, on a real worker.
 
 use super::*;
-use crate::virtio::{Mmio, MmioParts, mmio};
+use crate::virtio::{FailureListener, Mmio, MmioParts, mmio};
 use crate::{BusDevice, Device, Worker};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -23,6 +23,7 @@ impl Machine {
             ram: driver.io.ram.clone(),
             irq,
             worker: Worker::spawn("net0", || {}).unwrap(),
+            on_failure: FailureListener::new(|_| {}),
         };
         let machine = Self { nic: Mmio::new(net, parts).unwrap(), driver, wire };
         machine.set_up(features);
@@ -146,6 +147,7 @@ fn a_whole_device_moves_and_announces_itself() {
         ram: old.driver.io.ram.clone(),
         irq: irq.try_clone().unwrap(),
         worker: Worker::spawn("net0", || {}).unwrap(),
+        on_failure: FailureListener::new(|_| {}),
     };
     let nic = Mmio::restore(&mut state, parts, place).unwrap();
     state.finish().unwrap();
