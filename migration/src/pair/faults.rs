@@ -209,13 +209,16 @@ fn a_flipped_bit_of_a_page_is_found_by_verification() {
 
 #[test]
 fn the_time_limit_ends_it() {
-    let faults = vec![FaultAt { sender: SOURCE, frame: 0, harm: Harm::Stall }];
-    let plan = Plan { timeout: Some(Duration::from_secs(3)), ..plan(Mode::Live) };
-    let world = World::new();
-    let weather = Weather { faults, ..Weather::default() };
-    let attempt = migrate(FakeGuest::new(&world), &mut FakeHost::new(&world), &MemoryClaims::default(), &plan, weather);
-    let Outcome::StillOurs(failed) = attempt.outcome else { panic!("{:?}", attempt.outcome) };
-    assert_eq!(failed.cause.to_string(), "The migration was not done within its time limit of 3 s");
+    // The target does not answer, or takes no more bytes.
+    for (frame, harm) in [(0, Harm::Stall), (1, Harm::Block)] {
+        let faults = vec![FaultAt { sender: SOURCE, frame, harm }];
+        let plan = Plan { timeout: Some(Duration::from_secs(3)), ..plan(Mode::Live) };
+        let world = World::new();
+        let (mut host, weather) = (FakeHost::new(&world), Weather { faults, ..Weather::default() });
+        let attempt = migrate(FakeGuest::new(&world), &mut host, &MemoryClaims::default(), &plan, weather);
+        let Outcome::StillOurs(failed) = attempt.outcome else { panic!("{harm:?}: {:?}", attempt.outcome) };
+        assert_eq!(failed.cause.to_string(), "The migration was not done within its time limit of 3 s", "{harm:?}");
+    }
 }
 
 #[test]

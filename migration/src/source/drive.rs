@@ -146,10 +146,15 @@ impl<'a, L: Link> Drive<'a, L> {
     }
 
     /// A link that fails may still hold the target's reason, which says more. That of a migration that was cancelled was
-    /// cut.
+    /// cut, and one that is silent until the migration's time is over is not waited for any longer.
     fn explain(&mut self, error: LinkError) -> SourceError {
         if self.cancel.is_cancelled() {
             return SourceError::Cancelled;
+        }
+        if let (LinkError::TimedOut { .. }, Some(limit)) = (&error, self.plan.timeout)
+            && self.clock.now() >= self.started + limit
+        {
+            return SourceError::OutOfTime { limit };
         }
         self.channel.link().set_patience(LAST_WORDS);
         while self.channel.link().wait(Duration::ZERO).is_ok_and(|came| came) {

@@ -7,6 +7,8 @@
 pub(crate) mod leftovers;
 pub mod runner;
 
+use std::fs::{self, Permissions};
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -58,6 +60,16 @@ impl Context {
     /// Path of a disk; what a scenario writes to it must not outlive a lab, so on a host it takes a copy.
     pub fn disk(&self, name: &str) -> PathBuf {
         self.images.with_file_name(DISKS).join(name)
+    }
+
+    /// The same with another `godwit`, which is this one in a world of its own: a shell script that makes it, and whose
+    /// last words are the command that godwit and its arguments follow.
+    pub fn within(&self, name: &str, world: &str) -> Result<Self> {
+        let wrapper = self.work.join(name);
+        let script = format!("#!/bin/sh\nset -e\n{world} {} \"$@\"\n", self.godwit.display());
+        fs::write(&wrapper, script)?;
+        fs::set_permissions(&wrapper, Permissions::from_mode(0o755))?;
+        Ok(Self { godwit: wrapper, ..self.clone() })
     }
 }
 

@@ -166,22 +166,10 @@ fn start(context: &Context, name: &str, more: &[&str]) -> Result<Godwit> {
     Godwit::run(context, name, &[&machine, more].concat())
 }
 
-/// A `godwit` that runs in a world of its own, which `change` makes: shell commands in a mount namespace, of which the
-/// last ends in `exec` and whatever godwit is to be started by.
-fn changed_world(context: &Context, name: &str, change: &str) -> Result<Context> {
-    let wrapper = context.work.join(name);
-    let (work, godwit) = (context.work.display(), context.godwit.display());
-    let script = format!(
-        "#!/bin/sh
-set -e
-[ \"$ALONE\" ] || ALONE=yes exec unshare --mount --propagation private \"$0\" \"$@\"
-WORK={work}
-{change} {godwit} \"$@\"
-"
-    );
-    fs::write(&wrapper, script)?;
-    fs::set_permissions(&wrapper, Permissions::from_mode(0o755))?;
-    Ok(Context { godwit: wrapper, ..context.clone() })
+/// A `godwit` whose mount namespace `change` makes.
+pub(super) fn changed_world(context: &Context, name: &str, change: &str) -> Result<Context> {
+    let alone = r#"[ "$ALONE" ] || ALONE=yes exec unshare --mount --propagation private "$0" "$@""#;
+    context.within(name, &format!("{alone}\nWORK={}\n{change}", context.work.display()))
 }
 
 /// A /dev with random numbers and without KVM.

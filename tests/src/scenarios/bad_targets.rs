@@ -1,9 +1,8 @@
 //! Migrations to targets that cannot take the guest, and strangers at a target's door: the reason reaches whoever asked,
 //! the guest goes on where it was, and the right target gets it afterwards.
 
-use std::fs::{self, File, Permissions};
+use std::fs::{self, File};
 use std::io::{Read as _, Write as _};
-use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::thread;
@@ -12,6 +11,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use control::{MigrationMode, PeerAddress, Phase, Request};
 
+use super::bad_input::changed_world;
 use crate::console::Console;
 use crate::godwit::{Godwit, call};
 use crate::scenario::{Context, Needs, Scenario};
@@ -152,16 +152,8 @@ fn strangers(context: &Context, source: &mut Source) -> Result<()> {
 
 /// A target whose host has less memory than the guest.
 fn without_memory(context: &Context, source: &mut Source) -> Result<()> {
-    let (meminfo, wrapper) = (context.work.join("meminfo"), context.work.join("small-host"));
-    fs::write(&meminfo, "MemTotal: 65536 kB\n")?;
-    let script = format!(
-        "#!/bin/sh\nexec unshare --mount --propagation private sh -c 'mount --bind {} /proc/meminfo; exec {} \"$@\"' sh \"$@\"\n",
-        meminfo.display(),
-        context.godwit.display()
-    );
-    fs::write(&wrapper, script)?;
-    fs::set_permissions(&wrapper, Permissions::from_mode(0o755))?;
-    let small = Context { godwit: wrapper, ..context.clone() };
+    fs::write(context.work.join("meminfo"), "MemTotal: 65536 kB\n")?;
+    let small = changed_world(context, "small-host", "mount --bind $WORK/meminfo /proc/meminfo\nexec")?;
     let target = Godwit::receive(&small, "small", &[])?;
     let parts = [
         "The target refused the guest",

@@ -2,12 +2,15 @@
 
 use std::fs::{self, File};
 use std::os::unix::fs::{FileTypeExt, PermissionsExt, symlink};
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, ensure};
-use control::{Client, LastMigration, MigrationMode, MigrationState, Reply, Request, StartMigration};
+use anyhow::{Context as _, Result, bail, ensure};
+use control::{
+    Client, LastMigration, MigrationMode, MigrationState, NicBackend, NicList, Reply, Request, StartMigration,
+};
 use verifier::kernel_log::is_trouble;
 
 use super::readme;
@@ -56,6 +59,7 @@ fn debian(context: &Context) -> Result<()> {
         if let Some(source) = godwit.replace(target) {
             source.finish(MOVE_WITHIN)?.expect(0, "The guest has moved to")?;
         }
+        godwit.as_ref().map_or(Ok(()), has_fast_nic)?;
         answers().with_context(|| format!("after the {mode:?} move to stop {stop}"))?;
         println!("stop {stop}: {mode:?} after {:.0} s", start.elapsed().as_secs_f32());
     }
@@ -110,6 +114,15 @@ fn await_arrival(source: &Client, target: &Client) -> Result<()> {
         ensure!(Instant::now() < deadline, "The guest has not arrived after {MOVE_WITHIN:?}");
         sleep(Duration::from_millis(20));
     }
+}
+
+/// Checks that this host's kernel carries the guest's packets, if it can.
+fn has_fast_nic(godwit: &Godwit) -> Result<()> {
+    let Reply::Nics(NicList { nics }) = godwit.client().call(&Request::ListNics)? else { bail!("Not a list of NICs") };
+    let can = Path::new("/dev/vhost-net").exists();
+    let expected = if can { NicBackend::VhostNet } else { NicBackend::Tap };
+    ensure!(nics.len() == 1 && nics[0].backend == expected, "Its NIC is to be carried by {expected:?}: {nics:?}");
+    Ok(())
 }
 
 /// Waits for the guest's answer to a ping, at an address where the bridge knew it behind another tap.

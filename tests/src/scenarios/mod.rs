@@ -5,6 +5,7 @@ use crate::scenario::Scenario;
 mod api;
 mod bad_input;
 mod bad_targets;
+mod between_hosts;
 mod boot;
 mod broken_moves;
 mod debian;
@@ -35,6 +36,7 @@ pub const ALL: &[Scenario] = &[
     migrate::MICRO_TWO_REGIONS,
     broken_moves::BROKEN,
     broken_moves::TAKEN_DISK,
+    between_hosts::APART,
     migrate::LINUX,
     migrate::LINUX_SMP,
     migrate::PULSE,
