@@ -6,14 +6,40 @@
 //! never depends on what is left out: state that is not saved, or that other hosts cannot have.
 
 mod compare;
+mod flaws;
 mod names;
 mod topology;
 
 pub use compare::check_compatible;
+pub(crate) use flaws::ARCH_CAPABILITIES;
 
 use crate::config::Cpus;
+use crate::state::CpuidEntryV1;
 use kvm_bindings::{CpuId, kvm_cpuid_entry2};
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
+
+/// What a guest was told of its CPU when it started, and relies on wherever it goes.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GuestCpu {
+    /// What CPUID told its boot vCPU.
+    pub cpuid: Vec<CpuidEntryV1>,
+    /// IA32_ARCH_CAPABILITIES, if CPUID announces it.
+    pub arch_capabilities: Option<u64>,
+}
+
+impl GuestCpu {
+    /// That of a guest whose boot vCPU has `cpuid`, on a host whose register has `arch_capabilities`.
+    pub(crate) fn new(cpuid: &CpuId, arch_capabilities: u64) -> Self {
+        let leaves = cpuid.as_slice();
+        let announced = leaves.iter().any(|leaf| is(leaf, 7, 0) && leaf.edx & bits([29]) != 0);
+        Self {
+            cpuid: leaves.iter().map(CpuidEntryV1::from).collect(),
+            arch_capabilities: announced.then_some(arch_capabilities),
+        }
+    }
+}
 
 /// Why a vCPU's CPUID could not be made.
 #[derive(Debug, Error, PartialEq, Eq)]

@@ -3,11 +3,12 @@
 //! Called once per process by the machine's assembly. Invariant: a [`KvmHost`] exists only where every capability that
 //! the rest of the crate takes for granted is there, so that nobody else needs to ask.
 
+use crate::cpuid::ARCH_CAPABILITIES;
 use crate::layout;
 use kvm_bindings::{
     CpuId, KVM_API_VERSION, KVM_CAP_DIRTY_LOG_RING_ACQ_REL, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_CAP_XSAVE2,
     KVM_DIRTY_LOG_INITIALLY_SET, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY,
-    MsrList, kvm_pit_config,
+    MsrList, Msrs, kvm_msr_entry, kvm_pit_config,
 };
 use kvm_ioctls::{Cap, Kvm, VmFd};
 use std::path::{Path, PathBuf};
@@ -119,6 +120,7 @@ pub struct Capabilities {
 pub struct KvmHost {
     kvm: Kvm,
     capabilities: Capabilities,
+    arch_capabilities: u64,
     cpuid: OnceLock<Result<CpuId, errno::Error>>,
 }
 
@@ -144,14 +146,20 @@ impl KvmHost {
         if let Some(&(_, name)) = REQUIRED.iter().find(|(cap, _)| !kvm.check_extension(*cap)) {
             return Err(KvmError::Capability { name });
         }
-        let capabilities = Capabilities::of(&kvm);
-        Ok(Self { kvm, capabilities, cpuid: OnceLock::new() })
+        let (capabilities, arch_capabilities) = (Capabilities::of(&kvm), arch_capabilities(&kvm));
+        Ok(Self { kvm, capabilities, arch_capabilities, cpuid: OnceLock::new() })
     }
 
     /// What this KVM can do beyond the necessary.
     #[must_use]
     pub fn capabilities(&self) -> Capabilities {
         self.capabilities
+    }
+
+    /// IA32_ARCH_CAPABILITIES as KVM gives it to new guests; 0 where there is none.
+    #[must_use]
+    pub fn arch_capabilities(&self) -> u64 {
+        self.arch_capabilities
     }
 
     /// The system file descriptor, for the calls that are not wrapped here.
@@ -222,6 +230,13 @@ impl KvmHost {
         let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
         vm.create_pit2(pit).map_err(KvmError::refused("create the timer"))
     }
+}
+
+fn arch_capabilities(kvm: &Kvm) -> u64 {
+    let register = kvm_msr_entry { index: ARCH_CAPABILITIES, ..Default::default() };
+    let mut table = Msrs::from_entries(&[register]).expect("a table of one register is not too long");
+    // A KVM on a processor without the register does not know it.
+    if kvm.get_msrs(&mut table).is_ok_and(|read| read == 1) { table.as_slice()[0].data } else { 0 }
 }
 
 impl Capabilities {

@@ -1,7 +1,6 @@
 //! Whether a guest that knows the features of one host can run on another: everything it was told must be here too.
 
-use super::{Place, Register, bits, is, names, offered};
-use crate::state::CpuidEntryV1;
+use super::{GuestCpu, Place, Register, bits, flaws, is, names, offered};
 use kvm_bindings::{CpuId, kvm_cpuid_entry2};
 
 /// The registers whose bits are features, with the bits that are none: OSXSAVE and OSPKE mirror the guest's own control
@@ -32,12 +31,13 @@ const FEATURES: [(Place, u32); 23] = [
     ((super::KVM_FEATURES_LEAF, 0, Register::Eax), 0),
 ];
 
-/// Checks that a guest with the CPUID leaves `source` can run where KVM supports `supported`.
+/// Checks that a guest with the CPU `guest` can run where KVM supports `supported`, and IA32_ARCH_CAPABILITIES is
+/// `arch_capabilities`.
 ///
 /// # Errors
 /// What is missing here, in words, most telling first.
-pub fn check_compatible(source: &[CpuidEntryV1], supported: &CpuId) -> Result<(), Vec<String>> {
-    let source: Vec<kvm_cpuid_entry2> = source.iter().map(Into::into).collect();
+pub fn check_compatible(guest: &GuestCpu, supported: &CpuId, arch_capabilities: u64) -> Result<(), Vec<String>> {
+    let source: Vec<kvm_cpuid_entry2> = guest.cpuid.iter().map(Into::into).collect();
     let here = offered(supported.as_slice());
     let mut missing = vec![];
     missing.extend(other_vendor(&source, &here));
@@ -46,6 +46,7 @@ pub fn check_compatible(source: &[CpuidEntryV1], supported: &CpuId) -> Result<()
         missing.extend(missing_features(leaf, &here));
         missing.extend(other_xsave_layout(leaf, &here));
     }
+    missing.extend(guest.arch_capabilities.into_iter().flat_map(|told| flaws::missing(told, arch_capabilities)));
     if missing.is_empty() { Ok(()) } else { Err(missing) }
 }
 

@@ -3,7 +3,6 @@
 use super::*;
 use crate::config::Topology;
 use crate::kvm::KvmHost;
-use crate::state::CpuidEntryV1;
 
 fn leaf(function: u32, index: u32, [eax, ebx, ecx, edx]: [u32; 4]) -> kvm_cpuid_entry2 {
     kvm_cpuid_entry2 { function, index, flags: 0, eax, ebx, ecx, edx, ..Default::default() }
@@ -14,6 +13,9 @@ fn word(text: &[u8; 4]) -> u32 {
 }
 
 /// An Intel host with everything that is to be hidden.
+/// What IA32_ARCH_CAPABILITIES says where it is not what a test is about.
+const TOLD: u64 = 0b11;
+
 fn intel() -> Vec<kvm_cpuid_entry2> {
     vec![
         leaf(0, 0, [0x1f, word(b"Genu"), word(b"ntel"), word(b"ineI")]),
@@ -147,8 +149,8 @@ fn three_cores_have_room_for_four_ids() {
 }
 
 fn check(source: &[kvm_cpuid_entry2], here: &[kvm_cpuid_entry2]) -> Result<(), Vec<String>> {
-    let source: Vec<_> = source.iter().map(CpuidEntryV1::from).collect();
-    check_compatible(&source, &CpuId::from_entries(here).unwrap())
+    let source = GuestCpu::new(&CpuId::from_entries(source).unwrap(), TOLD);
+    check_compatible(&source, &CpuId::from_entries(here).unwrap(), TOLD)
 }
 
 fn change(
@@ -193,6 +195,19 @@ fn each_missing_feature_is_named() {
 }
 
 #[test]
+fn only_a_guest_that_knows_of_flaws_relies_on_their_absence() {
+    let announces = change(&intel(), 7, 0, |leaf| leaf.edx |= bits([29]));
+    let here = CpuId::from_entries(&announces).unwrap();
+    let source = |leaves: &[kvm_cpuid_entry2]| GuestCpu::new(&CpuId::from_entries(leaves).unwrap(), 0b10_0001);
+    let knows = source(&guest(&announces, [1, 1, 1], 0));
+    check_compatible(&knows, &here, 0b1110_0001).unwrap();
+    assert_eq!(check_compatible(&knows, &here, 0b1).unwrap_err(), ["mds_no"]);
+    let unaware = source(&guest(&change(&announces, 7, 0, |leaf| leaf.edx &= !bits([29])), [1, 1, 1], 0));
+    assert_eq!(unaware.arch_capabilities, None);
+    check_compatible(&unaware, &here, 0).unwrap();
+}
+
+#[test]
 fn another_vendor_or_layout_is_refused() {
     let source = guest(&intel(), [1, 4, 1], 0);
     let refusal = check(&source, &amd()).unwrap_err();
@@ -223,7 +238,7 @@ fn the_host_takes_what_is_made_of_its_leaves() {
     for id in 0..4 {
         let table = for_vcpu(supported, &cpus, id).unwrap();
         vm.create_vcpu(id.into()).unwrap().set_cpuid2(&table).unwrap();
-        let source: Vec<_> = table.as_slice().iter().map(CpuidEntryV1::from).collect();
-        check_compatible(&source, supported).unwrap();
+        let here = host.arch_capabilities();
+        check_compatible(&GuestCpu::new(&table, here), supported, here).unwrap();
     }
 }

@@ -1,8 +1,8 @@
 //! How the guest's end, and what is wrong with its devices, becomes known: vCPU threads, power ports and devices tell
 //! [`Ends`], which passes it on.
 //!
-//! The first end counts, and is told once: what follows it (a triple fault after a panic) is its consequence. A migration asks, after the
-//! vCPUs stand, whether the guest has ended, so that a guest that powered off is never moved.
+//! The first end counts, and is told once: what follows it (a triple fault after a panic) is its consequence. A migration
+//! asks, after the vCPUs stand, whether the guest has ended, so that a guest that powered off is never moved.
 
 use crate::dirty::DirtyTracker;
 use crate::vcpu::{GuestEnd, VcpuEvents};

@@ -23,11 +23,11 @@ pub use resources::{DiskLocks, ResourceError, Resources};
 use crate::acpi;
 use crate::boot::{self, entry};
 use crate::config::MachineConfig;
-use crate::cpuid;
+use crate::cpuid::{self, GuestCpu};
 use crate::kvm::KvmHost;
 use crate::memory::GuestMemory;
 use crate::seccomp;
-use crate::state::{self, CpuidEntryV1};
+use crate::state;
 use crate::vcpu::{Crew, GuestEnd, VcpuEvents, Vcpus};
 use chassis::Chassis;
 use devices::virtio::balloon::Balloon;
@@ -103,12 +103,9 @@ impl EmptyMachine {
         let rsdp = acpi::write_tables(ram, &self.config)?;
         let entry = boot::load(ram, &self.config.boot, rsdp)?;
         let supported = host.supported_cpuid()?;
-        let mut boot_cpuid = Vec::new();
+        let cpu = GuestCpu::new(&cpuid::for_vcpu(supported, &self.config.cpus, 0)?, host.arch_capabilities());
         for (id, vcpu) in (0..).zip(&self.vcpus) {
             let table = cpuid::for_vcpu(supported, &self.config.cpus, id)?;
-            if id == 0 {
-                boot_cpuid = table.as_slice().iter().map(CpuidEntryV1::from).collect();
-            }
             vcpu.set_cpuid2(&table)
                 .map_err(|source| MachineError::Kvm { action: "set the CPUID of a vCPU", source })?;
             entry::set_firmware_state(vcpu)?;
@@ -116,29 +113,29 @@ impl EmptyMachine {
         if let Some(boot_vcpu) = self.vcpus.first() {
             entry::set_registers(boot_vcpu, &entry)?;
         }
-        self.assemble(Origin::PowerOn, boot_cpuid)
+        self.assemble(Origin::PowerOn, cpu)
     }
 
     /// Restores vCPUs, chips and devices from `state`, of which nothing may be left over. The machine stands. Memory was
-    /// filled before. `cpuid` is what the guest was started with, to be told to the next target.
+    /// filled before. `cpu` is what the guest was started with, to be told to the next target.
     ///
     /// # Errors
     /// [`MachineError`] if the state is not one of this machine.
-    pub fn restore(self, mut state: SavedState, cpuid: Vec<CpuidEntryV1>) -> Result<Machine, MachineError> {
-        let machine = self.assemble(Origin::Saved(&mut state), cpuid)?;
+    pub fn restore(self, mut state: SavedState, cpu: GuestCpu) -> Result<Machine, MachineError> {
+        let machine = self.assemble(Origin::Saved(&mut state), cpu)?;
         let Chassis { slots, tracker: _, facts } = &machine.chassis;
         state::restore(slots.vm(), &machine.vcpus, facts, &mut state)?;
         state.finish()?;
         Ok(machine)
     }
 
-    fn assemble(self, origin: Origin<'_>, cpuid: Vec<CpuidEntryV1>) -> Result<Machine, MachineError> {
+    fn assemble(self, origin: Origin<'_>, cpu: GuestCpu) -> Result<Machine, MachineError> {
         let Self { config, threads, vcpus, chassis, resources, line, ends } = self;
         let Threads { crew, devices } = threads;
         let starts = matches!(origin, Origin::PowerOn);
         let (fittings, buses) = Fittings::build(&chassis, &config, resources, origin, devices, &line, &ends)?;
         let vcpus = Vcpus::seat(crew, vcpus, &Arc::new(buses), &(Arc::clone(&ends) as Arc<dyn VcpuEvents>))?;
-        let machine = Machine { vcpus, fittings, line, chassis, ends, config, cpuid, stance: Stance::Standing };
+        let machine = Machine { vcpus, fittings, line, chassis, ends, config, cpu, stance: Stance::Standing };
         if starts {
             // Devices from saved state stand already; these are made to, so that both kinds are led alike from here.
             machine.quiesce_devices()?;
@@ -178,7 +175,7 @@ pub struct Machine {
     chassis: Chassis,
     ends: Arc<Ends>,
     config: MachineConfig,
-    cpuid: Vec<CpuidEntryV1>,
+    cpu: GuestCpu,
     stance: Stance,
 }
 
@@ -189,10 +186,10 @@ impl Machine {
         &self.config
     }
 
-    /// What CPUID told the boot vCPU when the guest started.
+    /// What the guest was told of its CPU when it started.
     #[must_use]
-    pub fn cpuid(&self) -> &[CpuidEntryV1] {
-        &self.cpuid
+    pub fn cpu(&self) -> &GuestCpu {
+        &self.cpu
     }
 
     /// Its memory.
@@ -271,14 +268,14 @@ impl Machine {
     pub fn pulse(mut self, host: &KvmHost, listener: NoticeListener) -> Result<(Self, u64), MachineError> {
         self.stand()?;
         let state = self.save()?.encode();
-        let Self { vcpus, fittings, line, chassis, ends, config, cpuid, stance: _ } = self;
+        let Self { vcpus, fittings, line, chassis, ends, config, cpu, stance: _ } = self;
         let (memory, taps) = (chassis.memory().clone(), fittings.duplicate_taps()?);
         // The last of them takes the VM along, so that its interrupts' descriptors can be bound to the next.
         drop((vcpus, fittings, ends, chassis));
         let disks = Resources::open_disks(&config, DiskLocks::Take)?;
         let machine = EmptyMachine::around(host, config, memory, Resources { disks, taps }, line, listener)?;
         let bytes = state.len() as u64;
-        Ok((machine.restore(SavedState::decode(&state)?, cpuid)?, bytes))
+        Ok((machine.restore(SavedState::decode(&state)?, cpu)?, bytes))
     }
 
     /// Starts to log the pages that anyone changes.

@@ -2,11 +2,10 @@
 
 use super::offer::MachineOffer;
 use crate::config::{ConfigError, HostLimits, HostResources, MachineConfig};
-use crate::cpuid;
+use crate::cpuid::{self, GuestCpu};
 use crate::kvm::KvmHost;
 use crate::machine::{DiskLocks, EmptyMachine, Machine, MachineError, NoticeListener, Resources, SerialLine};
 use crate::memory::MemoryError;
-use crate::state::CpuidEntryV1;
 use migration::{GuestPages, Offer, PageRun, RamRegion, Refusal, TargetHost, in_words};
 use saved::{SavedError, SavedState};
 use std::fmt;
@@ -50,7 +49,7 @@ enum Unsuited {
 #[derive(Debug)]
 enum Stage {
     Nothing,
-    Empty { machine: Box<EmptyMachine>, cpuid: Vec<CpuidEntryV1>, running: bool },
+    Empty { machine: Box<EmptyMachine>, cpu: GuestCpu, running: bool },
     Restored { machine: Box<Machine>, running: bool },
 }
 
@@ -97,12 +96,12 @@ impl Arriving {
     }
 
     fn build(&mut self, offer: &Offer<'_>) -> Result<Stage, Unsuited> {
-        let MachineOffer { machine, cpuid, running } = serde_json::from_slice(offer.machine)?;
+        let MachineOffer { machine, cpu, running } = serde_json::from_slice(offer.machine)?;
         let config = machine.with_host_resources(&self.resources)?;
         config.validate()?;
         config.validate_for(HostLimits::of(&self.host.capabilities())?)?;
         let supported = self.host.supported_cpuid().map_err(MachineError::from)?;
-        cpuid::check_compatible(&cpuid, supported).map_err(Unsuited::Cpu)?;
+        cpuid::check_compatible(&cpu, supported, self.host.arch_capabilities()).map_err(Unsuited::Cpu)?;
         let resources = Resources::open(&config, DiskLocks::Leave).map_err(MachineError::from)?;
         (self.prepared)(&config, offer);
         let bytes = config.memory.bytes;
@@ -111,7 +110,7 @@ impl Arriving {
         if machine.memory().regions() != offer.regions {
             return Err(Unsuited::Regions { bytes });
         }
-        Ok(Stage::Empty { machine: Box::new(machine), cpuid, running })
+        Ok(Stage::Empty { machine: Box::new(machine), cpu, running })
     }
 }
 
@@ -150,10 +149,10 @@ impl TargetHost for Arriving {
     }
 
     fn restore(&mut self, state: &[u8]) -> Result<(), ArriveError> {
-        let Stage::Empty { machine, cpuid, running } = std::mem::replace(&mut self.stage, Stage::Nothing) else {
+        let Stage::Empty { machine, cpu, running } = std::mem::replace(&mut self.stage, Stage::Nothing) else {
             return Err(ArriveError::NothingHere);
         };
-        let machine = machine.restore(SavedState::decode(state)?, cpuid)?;
+        let machine = machine.restore(SavedState::decode(state)?, cpu)?;
         machine.reacquire()?;
         self.stage = Stage::Restored { machine: Box::new(machine), running };
         Ok(())

@@ -72,7 +72,7 @@ impl SourceGuest for Leaving {
     fn describe(&self) -> Result<Description, LeaveError> {
         let offer = MachineOffer {
             machine: self.machine.config().clone(),
-            cpuid: self.machine.cpuid().to_vec(),
+            cpu: self.machine.cpu().clone(),
             running: self.running,
         };
         Ok(Description {

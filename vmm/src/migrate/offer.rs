@@ -1,7 +1,7 @@
 //! What a source tells a target of its machine, in the JSON that travels in `Hello`.
 
 use crate::config::MachineConfig;
-use crate::state::CpuidEntryV1;
+use crate::cpuid::GuestCpu;
 use serde::{Deserialize, Serialize};
 
 /// The machine as it is offered.
@@ -10,8 +10,8 @@ use serde::{Deserialize, Serialize};
 pub struct MachineOffer {
     /// Its description, with the source's host resources.
     pub machine: MachineConfig,
-    /// What CPUID tells its boot vCPU: the target's CPU must have all of it.
-    pub cpuid: Vec<CpuidEntryV1>,
+    /// What the guest was told of its CPU: the target's must hold all of it.
+    pub cpu: GuestCpu,
     /// Whether the guest is to run at the target, or stays paused.
     pub running: bool,
 }
