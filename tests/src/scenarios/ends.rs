@@ -114,8 +114,8 @@ fn software_kvm(context: &Context) -> Result<()> {
     }
     let kernel = context.images.join("vmlinux").display().to_string();
     let (ended, _) = call(context, &["run", "--kernel", &kernel, "--memory=256M", "--serial=off"])?;
-    ended.expect(23, "KVM internal error, suberror 1")?;
-    ended.expect(23, "cannot run this guest. Run it in the nested lab instead: cargo xtask lab")
+    ended.expect(1, "KVM internal error, suberror 1")?;
+    ended.expect(1, "cannot run this guest. Run it in the nested lab instead: cargo xtask lab")
 }
 
 /// A virtio-mmio window, the first one, and the registers of virtio 1.3, 4.2.2.

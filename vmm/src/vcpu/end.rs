@@ -1,5 +1,6 @@
 //! How a guest ends: what the vCPU threads and the power devices report, the sentence for people and the exit status of
-//! `godwit run`. Statuses 1 (other errors) and 2 (usage) belong to the command line.
+//! `godwit run`. Status 2 (usage) belongs to the command line, and 1 is that of every error: a KVM that cannot run the
+//! guest is one.
 
 use std::fmt::{self, Display, Formatter};
 use thiserror::Error;
@@ -20,7 +21,7 @@ pub enum GuestEnd {
 }
 
 impl GuestEnd {
-    /// The exit status of the process whose guest ended like this; a different one for each kind.
+    /// The exit status of the process whose guest ended like this: each way in which a guest ends by itself has its own.
     #[must_use]
     pub fn exit_status(&self) -> u8 {
         match self {
@@ -28,7 +29,7 @@ impl GuestEnd {
             Self::Reboot => 20,
             Self::TripleFault => 21,
             Self::Panic => 22,
-            Self::KvmFailure(_) => 23,
+            Self::KvmFailure(_) => 1,
         }
     }
 }
@@ -139,10 +140,10 @@ mod tests {
     }
 
     #[test]
-    fn each_end_has_its_own_status_clear_of_the_command_lines() {
+    fn each_end_of_a_guests_own_has_its_status() {
         let ends = [GuestEnd::PowerOff, GuestEnd::Reboot, GuestEnd::TripleFault, GuestEnd::Panic, emulation(false)];
         let statuses: Vec<u8> = ends.iter().map(GuestEnd::exit_status).collect();
-        assert_eq!(statuses, [0, 20, 21, 22, 23]);
+        assert_eq!(statuses, [0, 20, 21, 22, 1]);
     }
 
     #[test]

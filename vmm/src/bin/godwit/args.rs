@@ -16,12 +16,11 @@ use vmm::seccomp::Seccomp;
 const EXIT_STATUS: &str = "\
 Exit status:
    0  the guest powered off, has moved away, or was ended on request (also by SIGTERM, SIGINT or SIGHUP)
-   1  an error
+   1  an error, also of KVM with the guest
    2  wrong usage
   20  the guest asked for a reboot
   21  the guest stopped by a triple fault
-  22  the guest's kernel panicked
-  23  KVM cannot run the guest";
+  22  the guest's kernel panicked";
 
 /// Runs Linux guests on KVM and moves them, running or stopped, between hosts.
 #[derive(Debug, Parser)]
