@@ -1,10 +1,8 @@
 //! The `emulator` recipe: a QEMU whose software emulation bears a nested lab.
 //!
-//! QEMU before 8.1 can keep the translation of code that another processor has changed since ("accel/tcg: Always lock pages
-//! before translation", QEMU 8.1). With version 7.2 of Debian 12, guests with several vCPUs that were moved in a lab on a
-//! busy machine hung within some hundred moves: a vCPU waited for a lock of its kernel that nobody held. With version 10
-//! none did. So where the installed QEMU is older, a newer one is taken from the release's backports and unpacked beside
-//! the system. The libraries that it needs are those of the installed one.
+//! QEMU before 8.1, as Debian 12 has it, can keep the translation of code that another processor has changed since
+//! ("accel/tcg: Always lock pages before translation", QEMU 8.1). So where the installed QEMU is older, a newer one is taken
+//! from the release's backports and unpacked beside the system. The libraries that it needs are those of the installed one.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -17,7 +15,7 @@ use crate::command;
 use crate::mirror::{Mirror, codename};
 
 /// Debian packages that must be installed: QEMU with its libraries, and the key of the archive.
-pub const PACKAGES: &[&str] = &["qemu-system-x86", "debian-archive-keyring", "apt", "dpkg"];
+pub const PACKAGES: &[&str] = &["qemu-system-x86", "debian-archive-keyring"];
 const PROGRAM: &str = "qemu-system-x86_64";
 /// The first version that can be relied on.
 const SOUND: (u32, u32) = (8, 1);
@@ -48,8 +46,8 @@ impl Emulator {
         }
         Self::backported(cache).or_else(|error| {
             tracing::warn!(
-                "QEMU {}.{} is installed, whose emulation sometimes fails guests with several vCPUs, and no newer one can be \
-                 had: {error:#}",
+                "QEMU {}.{} is installed, whose emulation of several processors is not sound, and no newer one can be had: \
+                 {error:#}",
                 version.0,
                 version.1
             );
