@@ -39,7 +39,7 @@ pub use reply::{
     BalloonInfo, DirtyTrackerKind, DiskCounters, DiskInfo, DiskList, JobStarted, NicBackend, NicCounters, NicInfo,
     NicList, Pulsed, Reply, VmInfo,
 };
-pub use request::{Owner, Pulse, Request, ResolveMigration, SetBalloon, StartMigration, Stop};
+pub use request::{Owner, Pulse, Request, ResolveMigration, SetBalloon, StartMigration, Stop, Streams, StreamsError};
 pub use server::{Handler, Limits, Server, ServerError, ServerOptions};
 pub use socket::{ControlSocket, SOCKET_PATH_MAX, SocketError};
 pub use uuid::Uuid;

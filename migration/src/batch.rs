@@ -1,7 +1,7 @@
 //! Filling a `Pages` frame: runs of dirty pages out of the ledger, split into zero and raw ones.
 
 use crate::guest::{GuestPages, HostError, exact_slice};
-use crate::ledger::DirtyLedger;
+use crate::ledger::SharedLedger;
 use crate::region::{PageIndex, PageRun};
 use crate::wire::{MAX_PAGES, MAX_RAW_PAGES, MAX_RECORDS, PageCode, PageRecord, Records};
 use crate::zero::{is_zero, pages};
@@ -41,7 +41,8 @@ impl Batch {
     }
 
     /// Begins anew and takes dirty pages out of the ledger until the batch is full. `false` if there were none.
-    pub(crate) fn fill<G: GuestPages>(&mut self, ledger: &mut DirtyLedger, guest: &G) -> Result<bool, HostError> {
+    /// Several streams may do so at once.
+    pub(crate) fn fill<G: GuestPages>(&mut self, ledger: &SharedLedger, guest: &G) -> Result<bool, HostError> {
         self.records.clear();
         (self.raw, self.zero) = (0, 0);
         while let Some(run) = ledger.take_run(self.room()) {
@@ -102,11 +103,13 @@ impl Batch {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::guest::SourceGuest;
+    use crate::ledger::DirtyLedger;
     use crate::pair::world::{FakeGuest, HOLE, REGIONS, World};
     use crate::region::RegionId;
 
-    fn fill(batch: &mut Batch, ledger: &mut DirtyLedger, guest: &FakeGuest) -> Vec<(PageRun, PageCode)> {
-        assert!(batch.fill(ledger, guest).unwrap());
+    fn fill(batch: &mut Batch, ledger: &SharedLedger, guest: &FakeGuest) -> Vec<(PageRun, PageCode)> {
+        assert!(batch.fill(ledger, &guest.memory()).unwrap());
         let records: Vec<_> = batch.records().iter().collect();
         let pages = |wanted: Option<PageCode>| {
             let fits = |code| wanted.is_none_or(|wanted| wanted == code);
@@ -117,18 +120,18 @@ mod tests {
         records
     }
 
-    fn still() -> (FakeGuest, DirtyLedger) {
+    fn still() -> (FakeGuest, SharedLedger) {
         let guest = FakeGuest { busy: 0, ..FakeGuest::new(&World::new()) };
-        (guest, DirtyLedger::new(&REGIONS.map(|region| region.pages)))
+        (guest, SharedLedger::new(DirtyLedger::new(&REGIONS.map(|region| region.pages))))
     }
 
     #[test]
     fn all_dirty_pages_come_once_in_order_and_as_what_they_are() {
-        let (guest, mut ledger) = still();
-        ledger.mark_all();
+        let (guest, ledger) = still();
+        ledger.lock().mark_all();
         let (mut batch, mut seen) = (Batch::new(), Vec::new());
-        while ledger.dirty_pages() > 0 {
-            for (run, code) in fill(&mut batch, &mut ledger, &guest) {
+        while ledger.lock().dirty_pages() > 0 {
+            for (run, code) in fill(&mut batch, &ledger, &guest) {
                 for page in run.first.0..run.first.0 + u64::from(run.pages) {
                     let zero = page % 5 == 3 || (run.region == RegionId(0) && page >= HOLE);
                     assert_eq!(code == PageCode::Zero, zero, "page {page} of region {}", run.region);
@@ -138,42 +141,42 @@ mod tests {
         }
         let all = (0_u16..).zip(REGIONS).flat_map(|(region, layout)| (0..layout.pages).map(move |page| (region, page)));
         assert_eq!(seen, all.collect::<Vec<_>>());
-        assert!(!batch.fill(&mut ledger, &guest).unwrap() && batch.pages() == 0);
+        assert!(!batch.fill(&ledger, &guest.memory()).unwrap() && batch.pages() == 0);
     }
 
     #[test]
     fn neighbours_of_one_kind_share_a_record() {
-        let (guest, mut ledger) = still();
+        let (guest, ledger) = still();
         ledger.put_back(PageRun { region: RegionId(0), first: PageIndex(0), pages: 3 });
         ledger.put_back(PageRun { region: RegionId(0), first: PageIndex(4), pages: 2 });
         ledger.put_back(PageRun { region: RegionId(0), first: PageIndex(HOLE - 1), pages: 40 });
-        let lengths: Vec<u32> = fill(&mut Batch::new(), &mut ledger, &guest).iter().map(|(run, _)| run.pages).collect();
+        let lengths: Vec<u32> = fill(&mut Batch::new(), &ledger, &guest).iter().map(|(run, _)| run.pages).collect();
         assert_eq!(lengths, [3, 2, 1, 39]);
     }
 
     #[test]
     fn what_a_full_frame_has_no_record_for_goes_back_into_the_ledger() {
-        let (guest, mut ledger) = still();
+        let (guest, ledger) = still();
         for page in (0..600).step_by(2) {
-            ledger.mark(RegionId(0), page);
+            ledger.lock().mark(RegionId(0), page);
         }
         let mut batch = Batch::new();
-        assert_eq!(fill(&mut batch, &mut ledger, &guest).len(), MAX_RECORDS);
-        assert_eq!(ledger.dirty_pages(), 300 - MAX_RECORDS as u64);
-        assert_eq!(fill(&mut batch, &mut ledger, &guest).len(), 300 - MAX_RECORDS);
+        assert_eq!(fill(&mut batch, &ledger, &guest).len(), MAX_RECORDS);
+        assert_eq!(ledger.lock().dirty_pages(), 300 - MAX_RECORDS as u64);
+        assert_eq!(fill(&mut batch, &ledger, &guest).len(), 300 - MAX_RECORDS);
     }
 
     /// A run of pages that change their kind one by one needs more records than there are, in the middle of it.
     #[test]
     fn a_run_can_be_split_between_two_frames() {
-        let (guest, mut ledger) = still();
+        let (guest, ledger) = still();
         for page in 0..540 {
             guest.write(0, page, page % 2);
         }
         ledger.put_back(PageRun { region: RegionId(0), first: PageIndex(0), pages: 540 });
         let (mut batch, mut next) = (Batch::new(), 0);
-        while ledger.dirty_pages() > 0 {
-            for (run, code) in fill(&mut batch, &mut ledger, &guest) {
+        while ledger.lock().dirty_pages() > 0 {
+            for (run, code) in fill(&mut batch, &ledger, &guest) {
                 assert_eq!((run.first.0, run.pages, code == PageCode::Raw), (next, 1, next % 2 == 1));
                 next += 1;
             }
@@ -183,9 +186,9 @@ mod tests {
 
     #[test]
     fn memory_that_cannot_be_had_is_an_error() {
-        let (guest, mut ledger) = still();
+        let (guest, ledger) = still();
         let guest = FakeGuest { fails: Some("slice"), ..guest };
-        ledger.mark_all();
-        assert!(Batch::new().fill(&mut ledger, &guest).is_err());
+        ledger.lock().mark_all();
+        assert!(Batch::new().fill(&ledger, &guest.memory()).is_err());
     }
 }

@@ -104,6 +104,11 @@ impl<'l, L: Link> Channel<'l, L> {
         self.before_last
     }
 
+    /// The digest of what was received.
+    pub(crate) fn received(&self) -> TranscriptDigest {
+        self.received.digest()
+    }
+
     /// Bytes of all frames in both directions, and of pages.
     pub(crate) fn bytes(&self) -> u64 {
         self.bytes

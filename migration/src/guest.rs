@@ -10,9 +10,9 @@ use thiserror::Error;
 use uuid::Uuid;
 use vm_memory::VolatileSlice;
 
-/// Access to guest memory, at either end.
-pub trait GuestPages {
-    /// Why memory, or the guest, did not do what was asked.
+/// Access to guest memory, at either end. Clones reach the same memory; several threads use one each.
+pub trait GuestPages: Clone + Send + Sync + 'static {
+    /// Why memory did not do what was asked.
     type Error: Error + Send + Sync + 'static;
 
     /// The memory of a run of pages, which lies within the guest's regions.
@@ -59,7 +59,16 @@ pub struct Description {
 /// Calls come in pairs of a step and its way back: `start_dirty_log`/`stop_dirty_log`, `pause`/`resume`,
 /// `release`/`reacquire`, `record_given_away`/`record_kept`. When a migration fails, the engine calls the way back of
 /// every step it has *tried*, last first; so a way back must also undo a step that failed halfway.
-pub trait SourceGuest: GuestPages {
+pub trait SourceGuest {
+    /// Why the guest did not do what was asked.
+    type Error: Error + Send + Sync + 'static;
+
+    /// Its memory.
+    type Memory: GuestPages;
+
+    /// The guest's memory.
+    fn memory(&self) -> Self::Memory;
+
     /// Describes the guest. Called first, while it runs.
     ///
     /// # Errors
@@ -161,12 +170,18 @@ impl Refusal {
 }
 
 /// A host that is to receive one guest.
-pub trait TargetHost: GuestPages {
-    /// Checks the offer and builds the machine, with all its memory zero and in no vCPU running.
+pub trait TargetHost {
+    /// Why the host did not do what was asked.
+    type Error: Error + Send + Sync + 'static;
+
+    /// The memory of the machine that it builds.
+    type Memory: GuestPages;
+
+    /// Checks the offer and builds the machine, with no vCPU running; its memory, which is all zero.
     ///
     /// # Errors
     /// The refusal that the source is told.
-    fn prepare(&mut self, offer: &Offer<'_>) -> Result<(), Refusal>;
+    fn prepare(&mut self, offer: &Offer<'_>) -> Result<Self::Memory, Refusal>;
 
     /// The memory that [`prepare`](Self::prepare) made.
     fn regions(&self) -> Vec<RamRegion>;

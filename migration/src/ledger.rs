@@ -5,6 +5,7 @@
 //! is ever set; no set bit lies before `cursor`. Marks outside the guest's memory are ignored and reported as `false`.
 
 use crate::region::{PageIndex, PageRun, RegionId};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 const WORD_BITS: u64 = 64;
 
@@ -162,6 +163,32 @@ impl Bitmap {
             }
         }
         taken
+    }
+}
+
+/// The ledger of a migration, out of which several streams take runs at once. It is locked for one run at a time.
+#[derive(Debug)]
+pub(crate) struct SharedLedger(Mutex<DirtyLedger>);
+
+impl SharedLedger {
+    pub(crate) fn new(ledger: DirtyLedger) -> Self {
+        Self(Mutex::new(ledger))
+    }
+
+    /// The ledger, for as long as nobody else needs it.
+    pub(crate) fn lock(&self) -> MutexGuard<'_, DirtyLedger> {
+        // A set of bits is whole after each call, whatever a thread that panicked was about to do with it.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// See [`DirtyLedger::take_run`].
+    pub(crate) fn take_run(&self, max_pages: u32) -> Option<PageRun> {
+        self.lock().take_run(max_pages)
+    }
+
+    /// See [`DirtyLedger::put_back`].
+    pub(crate) fn put_back(&self, run: PageRun) -> bool {
+        self.lock().put_back(run)
     }
 }
 

@@ -10,6 +10,7 @@
 //!
 //! The invariant above all others: at most one host runs the guest, whatever is lost, killed or delayed in between.
 
+pub mod bell;
 pub mod cancel;
 pub mod clock;
 pub mod convergence;
@@ -26,11 +27,13 @@ pub mod wire;
 mod batch;
 mod channel;
 mod digest;
+mod page_set;
 mod zero;
 
 #[cfg(test)]
 mod pair;
 
+pub use bell::Bell;
 pub use cancel::CancelToken;
 pub use channel::in_words;
 pub use clock::{Clock, HostClock};
@@ -38,10 +41,10 @@ pub use convergence::{Goal, SwitchReason, Unreachable};
 pub use digest::TranscriptDigest;
 pub use guest::{Claim, Claims, Description, GuestPages, HostError, Offer, Refusal, SourceGuest, TargetHost};
 pub use ledger::DirtyLedger;
-pub use link::{Link, LinkError};
+pub use link::{Cutter, Link, LinkError};
 pub use progress::{Moved, Observer, Phase, Progress, Unobserved};
 pub use region::{MAX_REGION_PAGES, MAX_REGIONS, PAGE_SIZE, PageIndex, PageRun, RamRegion, RegionId, total_pages};
 pub use report::{Ending, PhaseReport, Report, Role, RoundReport, TargetPart};
-pub use source::{Failed, InDoubt, Outcome, Owner, Plan, SourceError, Surroundings};
+pub use source::{Failed, Further, InDoubt, Outcome, Owner, Plan, SourceError, Surroundings};
 pub use target::{Arrival, Fault, Reception};
 pub use wire::Mode;

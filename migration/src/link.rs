@@ -3,6 +3,7 @@
 //! `vmm` implements it over sockets; tests implement it in memory, with faults. The engine hands guest pages over as
 //! [`VolatileSlice`]s, so that an implementation can move them between guest memory and the kernel without a copy.
 
+use crate::bell::Bell;
 use std::io;
 use std::time::Duration;
 use thiserror::Error;
@@ -13,7 +14,16 @@ use vm_memory::VolatileSlice;
 /// Every call handles short reads and writes itself: it moves all bytes or fails. A read of 0 bytes from the operating
 /// system is [`LinkError::Closed`], never "nothing yet". After an error the link is only good for being dropped, except
 /// that what the peer had sent before may still be received.
-pub trait Link {
+pub trait Link: Send + 'static {
+    /// What can end this connection from another thread.
+    type Cutter: Cutter;
+
+    /// A handle to end the connection while another thread may be waiting on it.
+    ///
+    /// # Errors
+    /// If the host has no room for one.
+    fn cutter(&self) -> io::Result<Self::Cutter>;
+
     /// Sends `head` and then the bytes of each of `payload`, in order, as if they were one buffer. There are at most
     /// [`MAX_RECORDS`](crate::wire::MAX_RECORDS) slices, which fits one gathering write of Linux (`IOV_MAX`).
     ///
@@ -49,6 +59,17 @@ pub trait Link {
 
     /// Bytes that were sent but that the peer has not received as far as this end knows; 0 if it does not know.
     fn in_flight(&self) -> u64;
+
+    /// Waits until `bell` has rung more often than `seen` times, for at most `limit`, while nothing is wanted of the link.
+    fn idle(&mut self, bell: &Bell, seen: u64, limit: Duration) {
+        bell.wait(seen, limit);
+    }
+}
+
+/// Ends a connection under the feet of whoever waits on it.
+pub trait Cutter: Send {
+    /// Every send and receive fails from now on, also those under way. Nothing happens where it has ended already.
+    fn cut(&self);
 }
 
 /// Why a link did not do what was asked.

@@ -177,7 +177,12 @@ impl Godwit {
 
     /// Moves its guest, and waits until it runs at the target and this process has ended. Gives the target's account.
     pub fn migrate(self, to: &Self, mode: MigrationMode, within: Duration) -> Result<MigrationStatus> {
-        self.start_migration(to, mode)?;
+        self.migrate_as(StartMigration { mode, ..StartMigration::new(to.address()) }, to, within)
+    }
+
+    /// The same, by any order that leads to `to`.
+    pub fn migrate_as(self, order: StartMigration, to: &Self, within: Duration) -> Result<MigrationStatus> {
+        self.client().call(&Request::StartMigration(order))?;
         self.finish(within)?.expect(0, "The guest has moved to")?;
         to.await_phase(Phase::Running)?;
         let status = to.migration()?.context("The target has no account of the migration")?;

@@ -10,7 +10,7 @@ use crate::layout::{HUGE_PAGE_SIZE, MMIO_GAP_END, MMIO_GAP_START, PAGE_SIZE};
 use devices::{Gpa, GuestRam};
 use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_userspace_memory_region};
 use kvm_ioctls::VmFd;
-use migration::{DirtyLedger, PageIndex, PageRun, RamRegion, RegionId};
+use migration::{DirtyLedger, GuestPages, PageIndex, PageRun, RamRegion, RegionId};
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd};
@@ -207,8 +207,25 @@ impl GuestMemory {
         }
     }
 
+    /// Drops the record of the pages that threads of this process wrote so far.
+    pub fn forget_writes(&self) {
+        self.ram.iter().for_each(|mapped| mapped.get_mmap().bitmap().reset());
+    }
+
     fn ids(&self) -> impl Iterator<Item = (RegionId, &RamRegion)> {
         (0..).map(RegionId).zip(&self.regions)
+    }
+}
+
+impl GuestPages for GuestMemory {
+    type Error = MemoryError;
+
+    fn slice(&self, run: PageRun) -> Result<VolatileSlice<'_>, MemoryError> {
+        self.untracked_slice(run)
+    }
+
+    fn leading_hole(&self, run: PageRun) -> u32 {
+        self.leading_hole(run)
     }
 }
 

@@ -241,6 +241,7 @@ fn what_the_types_write_is_described() {
         max_rounds: one,
         timeout_s: Some(one),
         verify: true,
+        streams: Streams::default(),
     };
     described("StartMigration", json!(start));
     let counters = DiskCounters::default();

@@ -13,7 +13,7 @@ use std::time::Duration;
 
 /// What became of the guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Fate {
+pub(super) enum Fate {
     Moved,
     Stayed,
     /// In doubt, and found to have moved.
@@ -24,7 +24,7 @@ enum Fate {
 
 /// One migration with the given weather. Checks that the guest has one owner, asks if there is doubt, and if the guest
 /// stayed, migrates it again in good weather.
-fn survive(plan: &Plan, weather: Weather) -> Fate {
+pub(super) fn survive(plan: &Plan, weather: Weather) -> Fate {
     let what = format!("{:?} {weather:?}", plan.mode);
     let (world, claims) = (World::new(), MemoryClaims::default());
     let guest = FakeGuest::new(&world);
@@ -96,7 +96,7 @@ fn storm(mode: Mode, sender: usize) -> Vec<Vec<Fate>> {
     let frames = frames(&plan(mode))[sender];
     assert!(frames >= 3);
     let strike = |frame, harm| {
-        let weather = Weather { faults: vec![FaultAt { sender, frame, harm }], ..Weather::default() };
+        let weather = Weather { faults: vec![FaultAt { sender, stream: 0, frame, harm }], ..Weather::default() };
         survive(&plan(mode), weather)
     };
     (0..frames).map(|frame| Harm::FOUND.iter().map(|&harm| strike(frame, harm)).collect()).collect()
@@ -158,8 +158,8 @@ fn two_faults_at_once_leave_one_owner() {
     for (ours, theirs) in (0..ours).flat_map(|ours| (0..theirs).map(move |theirs| (ours, theirs))) {
         for (one, other) in [(Harm::Stall, Harm::Stall), (Harm::CutAfter, Harm::Flip), (Harm::Block, Harm::Lose)] {
             let faults = vec![
-                FaultAt { sender: SOURCE, frame: ours, harm: one },
-                FaultAt { sender: TARGET, frame: theirs, harm: other },
+                FaultAt { sender: SOURCE, stream: 0, frame: ours, harm: one },
+                FaultAt { sender: TARGET, stream: 0, frame: theirs, harm: other },
             ];
             survive(&plan, Weather { faults, ..Weather::default() });
         }
@@ -193,7 +193,7 @@ fn a_cancelled_migration_says_so_on_both_ends() {
 #[test]
 fn a_flipped_bit_of_a_page_is_found_by_verification() {
     for mode in [Mode::Stop, Mode::Live] {
-        let faults = vec![FaultAt { sender: SOURCE, frame: 1, harm: Harm::FlipPage }];
+        let faults = vec![FaultAt { sender: SOURCE, stream: 0, frame: 1, harm: Harm::FlipPage }];
         // Nothing the guest writes: what the flip changed is not sent again.
         let world = World::new();
         let guest = FakeGuest { busy: 0, ..FakeGuest::new(&world) };
@@ -211,7 +211,7 @@ fn a_flipped_bit_of_a_page_is_found_by_verification() {
 fn the_time_limit_ends_it() {
     // The target does not answer, or takes no more bytes.
     for (frame, harm) in [(0, Harm::Stall), (1, Harm::Block)] {
-        let faults = vec![FaultAt { sender: SOURCE, frame, harm }];
+        let faults = vec![FaultAt { sender: SOURCE, stream: 0, frame, harm }];
         let plan = Plan { timeout: Some(Duration::from_secs(3)), ..plan(Mode::Live) };
         let world = World::new();
         let (mut host, weather) = (FakeHost::new(&world), Weather { faults, ..Weather::default() });
@@ -265,7 +265,7 @@ fn a_way_back_that_fails_leaves_the_guest_paused() {
             host.fails = None;
         }
         let (claims, mode) = (MemoryClaims::default(), Mode::Live);
-        let lost_go = FaultAt { sender: SOURCE, frame: decisive(&plan(mode), SOURCE), harm: Harm::Cut };
+        let lost_go = FaultAt { sender: SOURCE, stream: 0, frame: decisive(&plan(mode), SOURCE), harm: Harm::Cut };
         let faults = if step == "record_kept" { vec![lost_go] } else { Vec::new() };
         let attempt = migrate(guest, &mut host, &claims, &plan(mode), Weather { faults, ..Weather::default() });
         let outcome = match attempt.outcome {
@@ -314,7 +314,7 @@ fn an_uncertain_claim_is_made_certain() {
 fn doubt(sender: usize) -> (World, MemoryClaims, crate::InDoubt<FakeGuest>) {
     let (world, claims, plan) = (World::new(), MemoryClaims::default(), plan(Mode::Live));
     let frame = decisive(&plan, sender);
-    let faults = vec![FaultAt { sender, frame, harm: Harm::Cut }];
+    let faults = vec![FaultAt { sender, stream: 0, frame, harm: Harm::Cut }];
     let weather = Weather { faults, ..Weather::default() };
     let attempt = migrate(FakeGuest::new(&world), &mut FakeHost::new(&world), &claims, &plan, weather);
     let Outcome::InDoubt(doubt) = attempt.outcome else { panic!("{:?}", attempt.outcome) };

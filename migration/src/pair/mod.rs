@@ -5,13 +5,15 @@ mod faults;
 mod link;
 mod moves;
 mod strangers;
+mod streams;
 pub(crate) mod world;
 
+use crate::link::Link;
 use crate::progress::{Observer, Progress};
 use crate::source::{self, InDoubt, Outcome, Plan, Surroundings};
-use crate::target::{Arrival, Fault, Reception, receive};
+use crate::target::{self, Arrival, Fault, Reception, receive};
 use crate::{CancelToken, Goal, Mode};
-use link::{End, FaultAt, VirtualClock, connect};
+use link::{Door, End, FaultAt, VirtualClock, connect};
 use std::time::Duration;
 use uuid::Uuid;
 use world::{FakeGuest, FakeHost, MemoryClaims, World};
@@ -32,6 +34,10 @@ pub(super) struct Weather {
     pub(super) faults: Vec<FaultAt>,
     pub(super) cancel_at: Option<usize>,
     pub(super) round_trip: Option<Duration>,
+    /// Whether only one stream more can be had.
+    pub(super) no_more_links: bool,
+    /// Links at the target's door that are none of its streams; the first says nothing, the others nonsense.
+    pub(super) strangers: usize,
 }
 
 /// What became of one attempt.
@@ -59,16 +65,23 @@ pub(super) fn migrate(
     weather: Weather,
 ) -> Attempt {
     let cancel = CancelToken::new();
-    let (mut near, far, clocks) = connect(weather, &cancel);
-    let [near_clock, far_clock] = clocks;
+    let strangers = weather.strangers;
+    let (mut near, far, [near_clock, far_clock], door) = connect(weather, &cancel);
+    for stranger in 0..strangers {
+        let mut link = door.dial().unwrap();
+        if stranger > 0 {
+            link.send(b"GET / HTTP/1.1\r\n\r\n", &[]).unwrap();
+        }
+        link.abandon();
+    }
     let mut source_diary = Diary::default();
     let (outcome, (arrival, target_diary)) = std::thread::scope(|scope| {
-        let target = scope.spawn(move || serve(far, host, claims, far_clock));
-        let clock = near_clock;
-        let around = Surroundings { clock: &clock, cancel: &cancel, observer: &mut source_diary };
-        let outcome = source::run(guest, &mut near, plan, around);
+        let inside = door.clone();
+        let target = scope.spawn(move || serve(far, host, claims, &far_clock, &inside));
+        let around = Surroundings { clock: &near_clock, cancel: &cancel, observer: &mut source_diary };
+        let further = source::Further { dial: &mut || door.dial(), thread: &|| {} };
+        let outcome = source::run(guest, &mut near, plan, around, further);
         near.hang_up();
-        drop(clock);
         (outcome, target.join().unwrap())
     });
     let frames = near.frames();
@@ -79,25 +92,23 @@ fn serve(
     mut link: End,
     host: &mut FakeHost,
     claims: &MemoryClaims,
-    clock: VirtualClock,
+    clock: &VirtualClock,
+    door: &Door,
 ) -> (Result<Arrival, Fault>, Diary) {
     let mut diary = Diary::default();
-    let around = Reception { clock: &clock, observer: &mut diary, patience: PATIENCE };
-    let arrival = receive(&mut link, host, claims, around);
-    link.hang_up();
-    drop(clock);
+    let around = Reception { clock, observer: &mut diary, patience: PATIENCE };
+    let further = target::Further { accept: &mut |limit| Ok(door.accept(limit)), thread: &|| {} };
+    let arrival = receive(&mut link, host, claims, around, further);
     (arrival, diary)
 }
 
 /// Asks after a guest in doubt, over a link without faults.
 pub(super) fn ask(doubt: InDoubt<FakeGuest>, world: &World, claims: &MemoryClaims) -> Outcome<FakeGuest> {
-    let (mut near, far, [near_clock, far_clock]) = connect(Weather::default(), &CancelToken::new());
+    let (mut near, far, [near_clock, far_clock], door) = connect(Weather::default(), &CancelToken::new());
     std::thread::scope(|scope| {
-        scope.spawn(move || serve(far, &mut FakeHost::refusing(world), claims, far_clock));
-        let clock = near_clock;
-        let outcome = doubt.ask(&mut near, &clock);
+        scope.spawn(move || serve(far, &mut FakeHost::refusing(world), claims, &far_clock, &door));
+        let outcome = doubt.ask(&mut near, &near_clock);
         near.hang_up();
-        drop(clock);
         outcome
     })
 }

@@ -15,16 +15,16 @@ use std::sync::Arc;
 use std::time::Duration;
 
 /// A migration that went well.
-struct Success {
-    source: Report,
-    target: Report,
+pub(super) struct Success {
+    pub(super) source: Report,
+    pub(super) target: Report,
     source_diary: Diary,
     target_diary: Diary,
     host: FakeHost,
 }
 
 /// Migrates a fresh guest and checks what must hold after every success.
-fn moves(plan: &Plan, busy: u32, weather: Weather) -> Success {
+pub(super) fn moves(plan: &Plan, busy: u32, weather: Weather) -> Success {
     let (world, claims) = (World::new(), MemoryClaims::default());
     let guest = FakeGuest { busy, ..FakeGuest::new(&world) };
     let (before, mut host) = (Arc::clone(&guest.memory), FakeHost::new(&world));
@@ -84,7 +84,7 @@ fn rounds(diary: &Diary) -> Vec<RoundReport> {
 #[test]
 fn a_report_that_is_lost_leaves_the_target_with_its_own() {
     let plan = plan(Mode::Stop);
-    let faults = vec![FaultAt { sender: SOURCE, frame: decisive(&plan, SOURCE) + 1, harm: Harm::Lose }];
+    let faults = vec![FaultAt { sender: SOURCE, stream: 0, frame: decisive(&plan, SOURCE) + 1, harm: Harm::Lose }];
     let Success { source, target, .. } = moves(&plan, 2, Weather { faults, ..Weather::default() });
     assert!(source.downtime_ms.is_some());
     assert_eq!((target.downtime_ms, target.target_part), (None, source.target_part));
@@ -135,7 +135,7 @@ fn verified_migrations_say_so() {
 #[test]
 fn pages_that_are_zero_from_the_start_are_not_touched() {
     let Success { host, .. } = moves(&plan(Mode::Stop), 0, Weather::default());
-    let mut touched = host.touched.borrow_mut();
+    let mut touched = host.touched.lock().unwrap();
     let mut pages = 0;
     while let Some(run) = touched.take_run(1) {
         assert_ne!(run.first.0 % 5, 3, "page {} of region {} is zero", run.first, run.region);

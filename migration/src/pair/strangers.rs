@@ -7,7 +7,7 @@ use super::{PATIENCE, Weather, plan, serve};
 use crate::channel::{Channel, ChannelError};
 use crate::link::{Link, LinkError};
 use crate::progress::Unobserved;
-use crate::source::{self, Failed, Outcome, SourceError, Surroundings};
+use crate::source::{self, Failed, Further, Outcome, SourceError, Surroundings};
 use crate::target::Fault;
 use crate::wire::{Frame, FrameError, HEADER_BYTES, Header, Kind, Running};
 use crate::{CancelToken, Claim, Clock, Mode};
@@ -23,19 +23,18 @@ fn encoded(frame: &Frame<'_>) -> Vec<u8> {
 
 /// Sends bytes to a target, and hangs up; returns the fault and the last words of the target.
 fn to_target(bytes: &[u8]) -> (Fault, Option<(Kind, String)>) {
-    let (mut near, far, [near_clock, far_clock]) = connect(Weather::default(), &CancelToken::new());
+    let (mut near, far, [_, far_clock], door) = connect(Weather::default(), &CancelToken::new());
     std::thread::scope(|scope| {
         let target = scope.spawn(move || {
             let world = World::new();
             let mut host = FakeHost::new(&world);
-            let (arrival, _) = serve(far, &mut host, &MemoryClaims::default(), far_clock);
+            let (arrival, _) = serve(far, &mut host, &MemoryClaims::default(), &far_clock, &door);
             assert_eq!(host.abandoned.is_some(), host.prepared);
             arrival.expect_err("no guest came")
         });
         near.send(bytes, &[]).unwrap();
         let words = last_words(&mut near);
-        near.hang_up();
-        drop(near_clock);
+        drop(near);
         (target.join().unwrap(), words)
     })
 }
@@ -67,11 +66,11 @@ fn a_stranger_is_told_that_this_is_no_web_server() {
 #[test]
 fn another_version_is_told_both_versions() {
     let mut hello = encoded(&Frame::Ready);
-    hello[4] = 2;
+    hello[4] = 3;
     let (fault, words) = to_target(&hello);
-    assert!(matches!(fault, Fault::Frame(FrameError::Version { found: 2 })), "{fault}");
+    assert!(matches!(fault, Fault::Frame(FrameError::Version { found: 3 })), "{fault}");
     let (_, words) = words.unwrap();
-    assert!(words.contains("speaks version 2") && words.contains("this end version 1"), "{words}");
+    assert!(words.contains("speaks version 3") && words.contains("this end version 2"), "{words}");
 }
 
 #[test]
@@ -96,7 +95,7 @@ fn silence_in_the_middle_of_a_frame_ends() {
 fn to_source(answers: &[Vec<u8>]) -> Outcome<FakeGuest> {
     let world = World::new();
     let cancel = CancelToken::new();
-    let (mut near, mut far, [near_clock, far_clock]) = connect(Weather::default(), &cancel);
+    let (mut near, mut far, [near_clock, far_clock], door) = connect(Weather::default(), &cancel);
     let answers = answers.to_vec();
     std::thread::scope(|scope| {
         scope.spawn(move || {
@@ -104,13 +103,12 @@ fn to_source(answers: &[Vec<u8>]) -> Outcome<FakeGuest> {
                 far.send(&answer, &[]).unwrap();
             }
             far_clock.sleep(PATIENCE * 10);
-            far.hang_up();
+            drop(far);
         });
-        let clock = near_clock;
-        let around = Surroundings { clock: &clock, cancel: &cancel, observer: &mut Unobserved };
-        let outcome = source::run(FakeGuest::new(&world), &mut near, &plan(Mode::Live), around);
-        near.hang_up();
-        drop(clock);
+        let around = Surroundings { clock: &near_clock, cancel: &cancel, observer: &mut Unobserved };
+        let further = Further { dial: &mut || door.dial(), thread: &|| {} };
+        let outcome = source::run(FakeGuest::new(&world), &mut near, &plan(Mode::Live), around, further);
+        drop(near);
         outcome
     })
 }
@@ -173,7 +171,7 @@ proptest! {
         let regions = super::world::REGIONS.to_vec();
         let (session, vm) = (Uuid::from_u128(8), Uuid::nil());
         let offer =
-            crate::wire::Hello { session, vm, mode: Mode::Live, verify: false, build: "x", regions, machine: b"" };
+            crate::wire::Hello { session, vm, mode: Mode::Live, verify: false, streams: 1, build: "x", regions, machine: b"" };
         let mut bytes = if hello { encoded(&Frame::Hello(offer)) } else { Vec::new() };
         bytes.extend(noise);
         to_target(&bytes);

@@ -4,7 +4,6 @@
 use crate::guest::{Claim, Claims, Description, GuestPages, Offer, Refusal, SourceGuest, TargetHost};
 use crate::ledger::DirtyLedger;
 use crate::region::{PAGE_SIZE, PageRun, RamRegion, RegionId};
-use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard};
 use thiserror::Error;
@@ -83,6 +82,18 @@ pub(crate) fn content(memory: &GuestMemoryMmap<()>) -> Vec<u8> {
     all
 }
 
+/// The memory of a guest that writes to it whenever the engine looks at it.
+#[derive(Debug, Clone)]
+pub(crate) struct GuestSide {
+    world: World,
+    memory: Arc<GuestMemoryMmap<()>>,
+    fails: Option<&'static str>,
+    busy: u32,
+    random: Arc<Mutex<u64>>,
+    changed: Arc<Mutex<DirtyLedger>>,
+    backed: Arc<Mutex<DirtyLedger>>,
+}
+
 /// A guest that writes to its memory whenever the engine looks at it.
 #[derive(Debug)]
 pub(crate) struct FakeGuest {
@@ -95,13 +106,13 @@ pub(crate) struct FakeGuest {
     pub(crate) machine: Vec<u8>,
     pub(crate) state: Vec<u8>,
     pub(crate) calls: Vec<&'static str>,
-    pub(crate) random: Cell<u64>,
-    pub(crate) changed: RefCell<DirtyLedger>,
-    pub(crate) backed: RefCell<DirtyLedger>,
+    pub(crate) random: Arc<Mutex<u64>>,
+    pub(crate) changed: Arc<Mutex<DirtyLedger>>,
+    pub(crate) backed: Arc<Mutex<DirtyLedger>>,
 }
 
-fn ledger() -> DirtyLedger {
-    DirtyLedger::new(&REGIONS.map(|region| region.pages))
+fn ledger() -> Arc<Mutex<DirtyLedger>> {
+    Arc::new(Mutex::new(DirtyLedger::new(&REGIONS.map(|region| region.pages))))
 }
 
 impl FakeGuest {
@@ -115,9 +126,9 @@ impl FakeGuest {
             machine: b"{\"vcpus\":1}".to_vec(),
             state: STATE.to_vec(),
             calls: Vec::new(),
-            random: Cell::new(7),
-            changed: RefCell::new(ledger()),
-            backed: RefCell::new(ledger()),
+            random: Arc::new(Mutex::new(7)),
+            changed: ledger(),
+            backed: ledger(),
         };
         for (region, pages) in [(0, HOLE), (1, REGIONS[1].pages)] {
             for page in 0..pages {
@@ -130,24 +141,36 @@ impl FakeGuest {
 
     /// The guest writes one page: zero all over, or a value in two places.
     pub(crate) fn write(&self, region: u16, page: u64, value: u64) {
+        self.memory().write(region, page, value);
+    }
+
+    fn may(&mut self, call: &'static str) -> Result<MutexGuard<'_, Facts>, Planned> {
+        self.calls.push(call);
+        if self.fails == Some(call) { Err(Planned(call)) } else { Ok(self.world.facts()) }
+    }
+}
+
+impl GuestSide {
+    fn write(&self, region: u16, page: u64, value: u64) {
         let at = PageRun { region: RegionId(region), first: crate::PageIndex(page), pages: 1 };
         let slice = slice(&self.memory, at);
         slice.copy_from(&[0_u8; PAGE_SIZE]);
         slice.write_obj(value, 8).unwrap();
         slice.write_obj(value, PAGE_SIZE - 8).unwrap();
-        self.backed.borrow_mut().mark(at.region, page);
+        self.backed.lock().unwrap().mark(at.region, page);
         if self.world.facts().logging {
-            self.changed.borrow_mut().mark(at.region, page);
+            self.changed.lock().unwrap().mark(at.region, page);
         }
     }
 
     fn next_random(&self, below: u64) -> u64 {
         // xorshift64 of Marsaglia, 2003.
-        let mut x = self.random.get();
+        let mut random = self.random.lock().unwrap();
+        let mut x = *random;
         x ^= x << 13;
         x ^= x >> 7;
         x ^= x << 17;
-        self.random.set(x);
+        *random = x;
         x % below
     }
 
@@ -160,14 +183,9 @@ impl FakeGuest {
             self.write(region, page, value);
         }
     }
-
-    fn may(&mut self, call: &'static str) -> Result<MutexGuard<'_, Facts>, Planned> {
-        self.calls.push(call);
-        if self.fails == Some(call) { Err(Planned(call)) } else { Ok(self.world.facts()) }
-    }
 }
 
-impl GuestPages for FakeGuest {
+impl GuestPages for GuestSide {
     type Error = Planned;
 
     fn slice(&self, run: PageRun) -> Result<VolatileSlice<'_>, Planned> {
@@ -181,13 +199,28 @@ impl GuestPages for FakeGuest {
     }
 
     fn leading_hole(&self, run: PageRun) -> u32 {
-        let backed = self.backed.borrow();
+        let backed = self.backed.lock().unwrap();
         let hole = (run.first.0..).take(run.pages as usize).take_while(|&page| !backed.is_dirty(run.region, page));
         u32::try_from(hole.count()).unwrap()
     }
 }
 
 impl SourceGuest for FakeGuest {
+    type Error = Planned;
+    type Memory = GuestSide;
+
+    fn memory(&self) -> GuestSide {
+        GuestSide {
+            world: self.world.clone(),
+            memory: Arc::clone(&self.memory),
+            fails: self.fails,
+            busy: self.busy,
+            random: Arc::clone(&self.random),
+            changed: Arc::clone(&self.changed),
+            backed: Arc::clone(&self.backed),
+        }
+    }
+
     fn describe(&self) -> Result<Description, Planned> {
         if self.fails == Some("describe") {
             return Err(Planned("describe"));
@@ -202,7 +235,8 @@ impl SourceGuest for FakeGuest {
 
     fn harvest_dirty(&mut self, into: &mut DirtyLedger) -> Result<(), Planned> {
         drop(self.may("harvest_dirty")?);
-        while let Some(run) = self.changed.borrow_mut().take_run(u32::MAX) {
+        let mut changed = self.changed.lock().unwrap();
+        while let Some(run) = changed.take_run(u32::MAX) {
             assert!(into.put_back(run));
         }
         Ok(())
@@ -214,14 +248,14 @@ impl SourceGuest for FakeGuest {
     }
 
     fn pause(&mut self) -> Result<(), Planned> {
-        self.work(self.busy);
+        self.memory().work(self.busy);
         self.may("pause")?.runs_at_source = false;
         Ok(())
     }
 
     fn save(&mut self) -> Result<Vec<u8>, Planned> {
         assert!(!self.may("save")?.runs_at_source, "the state of a running guest is none");
-        self.work(self.busy.min(1)); // as KVM does, with the clock page
+        self.memory().work(self.busy.min(1)); // as KVM does, with the clock page
         Ok(self.state.clone())
     }
 
@@ -272,7 +306,7 @@ pub(crate) struct FakeHost {
     pub(crate) state: Option<Vec<u8>>,
     pub(crate) prepared: bool,
     pub(crate) abandoned: Option<String>,
-    pub(crate) touched: RefCell<DirtyLedger>,
+    pub(crate) touched: Arc<Mutex<DirtyLedger>>,
 }
 
 impl FakeHost {
@@ -286,7 +320,7 @@ impl FakeHost {
             state: None,
             prepared: false,
             abandoned: None,
-            touched: RefCell::new(ledger()),
+            touched: ledger(),
         }
     }
 
@@ -294,17 +328,32 @@ impl FakeHost {
         Self { refusal: Some("a guest runs here already"), ..Self::new(world) }
     }
 
+    /// The memory, as the engine gets it.
+    pub(crate) fn side(&self) -> HostSide {
+        HostSide { memory: Arc::clone(&self.memory), fails: self.fails, touched: Arc::clone(&self.touched) }
+    }
+
     fn may(&self, call: &'static str) -> Result<MutexGuard<'_, Facts>, Planned> {
         if self.fails == Some(call) { Err(Planned(call)) } else { Ok(self.world.facts()) }
     }
 }
 
-impl GuestPages for FakeHost {
+/// The memory of the machine that a host has built.
+#[derive(Debug, Clone)]
+pub(crate) struct HostSide {
+    memory: Arc<GuestMemoryMmap<()>>,
+    fails: Option<&'static str>,
+    touched: Arc<Mutex<DirtyLedger>>,
+}
+
+impl GuestPages for HostSide {
     type Error = Planned;
 
     fn slice(&self, run: PageRun) -> Result<VolatileSlice<'_>, Planned> {
-        drop(self.may("slice")?);
-        self.touched.borrow_mut().put_back(run);
+        if self.fails == Some("slice") {
+            return Err(Planned("slice"));
+        }
+        self.touched.lock().unwrap().put_back(run);
         Ok(slice(&self.memory, run))
     }
 
@@ -314,11 +363,14 @@ impl GuestPages for FakeHost {
 }
 
 impl TargetHost for FakeHost {
-    fn prepare(&mut self, _offer: &Offer<'_>) -> Result<(), Refusal> {
+    type Error = Planned;
+    type Memory = HostSide;
+
+    fn prepare(&mut self, _offer: &Offer<'_>) -> Result<HostSide, Refusal> {
         self.prepared = true;
         match self.refusal {
             Some(reason) => Err(Refusal::new(reason)),
-            None => Ok(()),
+            None => Ok(self.side()),
         }
     }
 

@@ -5,6 +5,7 @@
 
 use super::custody::Custody;
 use super::drive::{Answer, Drive};
+use super::streams::Streams;
 use super::{Outcome, Plan, SourceError, Surroundings};
 use crate::cancel::CancelToken;
 use crate::clock::Clock;
@@ -68,7 +69,8 @@ impl<G: SourceGuest> InDoubt<G> {
     pub fn ask<L: Link>(self, link: &mut L, clock: &dyn Clock) -> Outcome<G> {
         let plan = Plan { patience: self.patience, ..Plan::new(self.session(), self.report.mode) };
         let around = Surroundings { clock, cancel: &CancelToken::new(), observer: &mut Unobserved };
-        let mut drive = Drive::new(link, &plan, around);
+        let streams = Streams::new();
+        let mut drive = Drive::new(link, &plan, &streams, around);
         let query = Frame::Query { session: plan.session, claims: self.claims };
         match drive.send(&query).and_then(|()| drive.answer_regardless(Kind::Verdict)) {
             Ok(Answer::Verdict(Claim::Mine)) => self.at_target(Ending::ConfirmedLater),

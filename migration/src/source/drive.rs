@@ -2,6 +2,7 @@
 //! guest.
 
 use super::error::SourceError;
+use super::streams::{Streams, send_batch};
 use super::{Plan, Surroundings};
 use crate::batch::Batch;
 use crate::cancel::CancelToken;
@@ -9,8 +10,7 @@ use crate::channel::{Channel, TICK, in_words};
 use crate::clock::Clock;
 use crate::convergence::{Decision, SwitchReason, Trend, decide, predict};
 use crate::digest::TranscriptDigest;
-use crate::guest::{Claim, SourceGuest, exact_slice};
-use crate::ledger::DirtyLedger;
+use crate::guest::{Claim, GuestPages};
 use crate::link::{Link, LinkError};
 use crate::progress::{Moved, Observer, Phase, Progress};
 use crate::region::PAGE_SIZE;
@@ -51,6 +51,7 @@ pub(super) struct Drive<'a, L> {
     channel: Channel<'a, L>,
     inbox: Vec<u8>,
     batch: Batch,
+    pub(super) streams: &'a Streams,
     trend: Trend,
     started: Duration,
     entered: Option<(Phase, Duration)>,
@@ -69,7 +70,7 @@ struct Account {
 }
 
 impl<'a, L: Link> Drive<'a, L> {
-    pub(super) fn new(link: &'a mut L, plan: &'a Plan, around: Surroundings<'a>) -> Self {
+    pub(super) fn new(link: &'a mut L, plan: &'a Plan, streams: &'a Streams, around: Surroundings<'a>) -> Self {
         let Surroundings { clock, cancel, observer } = around;
         let account =
             Account { vm: Uuid::nil(), rounds: Vec::new(), phases: Vec::new(), predicted: None, switched: None };
@@ -81,6 +82,7 @@ impl<'a, L: Link> Drive<'a, L> {
             channel: Channel::new(link),
             inbox: Vec::new(),
             batch: Batch::new(),
+            streams,
             trend: Trend::new(),
             started: clock.now(),
             entered: None,
@@ -113,9 +115,12 @@ impl<'a, L: Link> Drive<'a, L> {
         self.paused = Some(self.clock.now());
     }
 
-    /// Whether the migration may go on: nobody cancelled, time is left, and the target has not ended it.
+    /// Whether the migration may go on: nobody cancelled, time is left, no stream failed, and the target has not ended it.
     pub(super) fn check(&mut self) -> Result<(), SourceError> {
         self.check_wishes()?;
+        if let Some(failure) = self.streams.take_failure() {
+            return Err(self.explain_stream(failure));
+        }
         while self.channel.link().wait(Duration::ZERO).map_err(SourceError::Link)? {
             if let Some(answer) = self.read_answer()? {
                 return Err(SourceError::OutOfTurn { found: answer.kind(), expected: Kind::Heartbeat });
@@ -143,6 +148,20 @@ impl<'a, L: Link> Drive<'a, L> {
     /// Sends a frame.
     pub(super) fn send(&mut self, frame: &Frame<'_>) -> Result<(), SourceError> {
         self.channel.send(frame).map_err(|error| self.explain(error))
+    }
+
+    /// A target that ends a further stream has a reason, which comes over the first one.
+    fn explain_stream(&mut self, failure: SourceError) -> SourceError {
+        let SourceError::Link(error) = failure else { return failure };
+        let end = self.clock.now() + LAST_WORDS;
+        while self.clock.now() < end && self.channel.link().wait(LAST_WORDS).is_ok_and(|came| came) {
+            match self.read_answer() {
+                Ok(None) => {}
+                Err(reason) if reason.is_targets_word() => return reason,
+                Ok(Some(_)) | Err(_) => break,
+            }
+        }
+        self.explain(error)
     }
 
     /// A link that fails may still hold the target's reason, which says more. That of a migration that was cancelled was
@@ -220,38 +239,69 @@ impl<'a, L: Link> Drive<'a, L> {
             | Frame::Seal(_)
             | Frame::Go
             | Frame::Query { .. }
-            | Frame::Report(_) => Err(SourceError::OutOfTurn { found, expected: Kind::Heartbeat }),
+            | Frame::Report(_)
+            | Frame::Join(_) => Err(SourceError::OutOfTurn { found, expected: Kind::Heartbeat }),
         }
     }
 
-    /// Sends every page that the ledger holds, as round `round`, and waits for nothing.
-    pub(super) fn send_round<G: SourceGuest>(
-        &mut self,
-        round: u32,
-        ledger: &mut DirtyLedger,
-        guest: &G,
-    ) -> Result<RoundReport, SourceError> {
-        let memory = |source| SourceError::Guest { step: "give access to its memory", source };
-        let (start, bytes_before, of) = (self.clock.now(), self.channel.bytes(), ledger.dirty_pages());
-        let in_flight_before = self.channel.link().in_flight();
-        let (mut sent, mut zero_pages) = (0, 0);
-        while self.batch.fill(ledger, guest).map_err(memory)? {
+    /// Sends every page that the ledger holds, as round `round`, over all streams, and waits for no answer.
+    pub(super) fn send_round<P: GuestPages>(&mut self, round: u32, memory: &P) -> Result<RoundReport, SourceError> {
+        let streams = self.streams;
+        let of = streams.ledger.lock().dirty_pages();
+        let (start, bytes_before, in_flight_before) = (self.clock.now(), self.bytes(), self.in_flight());
+        let moved = |drive: &mut Self| {
+            let (pages, bytes) = (streams.sent.pages(), drive.bytes());
+            let bytes_per_second = per_second(bytes - bytes_before, ms(drive.clock.now() - start));
+            drive.observer.on(Progress::Moved(Moved { round, pages, of, bytes, bytes_per_second }));
+        };
+        streams.order(round);
+        while send_batch(&mut self.channel, &mut self.batch, &streams.ledger, memory).map_err(|e| self.told(e))? {
+            streams.sent.add(&self.batch);
+            moved(self);
             self.check()?;
-            let records = self.batch.records();
-            let raw: Vec<_> =
-                records.raw_runs().map(|run| exact_slice(guest, run)).collect::<Result<_, _>>().map_err(memory)?;
-            self.channel.send_pages(records, &raw).map_err(|error| self.explain(error))?;
-            sent += self.batch.pages();
-            zero_pages += self.batch.zero_pages();
-            let bytes = self.channel.bytes();
-            let bytes_per_second = per_second(bytes - bytes_before, ms(self.clock.now() - start));
-            self.observer.on(Progress::Moved(Moved { round, pages: sent, of, bytes, bytes_per_second }));
+        }
+        while self.others_send()? {
+            moved(self);
         }
         self.check()?;
-        self.send(&Frame::RoundEnd(RoundEnd { round, pages: sent, zero_pages }))?;
-        let (time, bytes) = (self.clock.now() - start, self.channel.bytes() - bytes_before);
-        self.trend.sent((bytes + in_flight_before).saturating_sub(self.channel.link().in_flight()), time);
-        Ok(RoundReport { round, pages: sent, zero_pages, bytes, ms: ms(time), dirty_at_end: 0 })
+        let (pages, zero_pages) = (streams.sent.pages(), streams.sent.zero_pages());
+        self.send(&Frame::RoundEnd(RoundEnd { round, pages, zero_pages }))?;
+        let (time, bytes) = (self.clock.now() - start, self.bytes() - bytes_before);
+        let in_flight = self.in_flight();
+        self.trend.sent((bytes + in_flight_before).saturating_sub(in_flight), time);
+        Ok(RoundReport { round, pages, zero_pages, bytes, ms: ms(time), dirty_at_end: 0 })
+    }
+
+    /// Waits a moment for the further streams; whether they still send.
+    fn others_send(&mut self) -> Result<bool, SourceError> {
+        let seen = self.streams.news.rung();
+        self.check()?;
+        if self.streams.done() {
+            return Ok(false);
+        }
+        self.channel.link().idle(&self.streams.news, seen, TICK);
+        if self.streams.news.rung() == seen {
+            self.send(&Frame::Heartbeat)?;
+        }
+        Ok(true)
+    }
+
+    /// Explains a failure that may be the link's.
+    fn told(&mut self, failure: SourceError) -> SourceError {
+        match failure {
+            SourceError::Link(error) => self.explain(error),
+            other => other,
+        }
+    }
+
+    /// Bytes that went over all streams, in both directions.
+    fn bytes(&self) -> u64 {
+        self.channel.bytes() + self.streams.sent.further_bytes()
+    }
+
+    /// Bytes under way on all streams.
+    fn in_flight(&mut self) -> u64 {
+        self.channel.link().in_flight() + self.streams.in_flight()
     }
 
     /// Notes a round that is over.
@@ -263,7 +313,7 @@ impl<'a, L: Link> Drive<'a, L> {
 
     /// Whether to send another round, with so many pages dirty.
     pub(super) fn another_round(&mut self, round: u32, dirty_pages: u64) -> Result<bool, SourceError> {
-        let remaining = dirty_pages * PAGE_SIZE as u64 + self.channel.link().in_flight();
+        let remaining = dirty_pages * PAGE_SIZE as u64 + self.in_flight();
         let round_trip = self.channel.link().round_trip().unwrap_or_default();
         let stats = self.trend.stats(round, remaining, round_trip);
         let (goal, predicted) = (&self.plan.goal, predict(&stats, &self.plan.goal));
@@ -318,7 +368,7 @@ impl<'a, L: Link> Drive<'a, L> {
             vm,
             mode: self.plan.mode,
             ending: if running.is_some() { Ending::HandedOver } else { Ending::ConfirmedLater },
-            bytes: self.channel.bytes(),
+            bytes: self.bytes(),
             total_ms: ms(now - self.started),
             downtime_ms: self.paused.filter(|_| running.is_some()).map(|paused| ms(now - paused)),
             target_part: running.map(Into::into),

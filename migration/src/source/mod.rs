@@ -1,7 +1,7 @@
 //! The source drives a migration: [`run`] takes a guest and gives back who owns it now.
 //!
 //! ```text
-//!             offer          start_log, rounds         stop            seal             await_ready        go
+//!         offer, open_streams   start_log, rounds     stop            seal             await_ready        go
 //! guest ──► Precopy ─(live)─► Precopy ──────────────► Stopped ──────► Sealed ─────────► Ready ──────────► HandedOver
 //!                └───────────(stop)──────────────────────▲                                  └──────────► InDoubt
 //!             any failure ──► StillOurs: every step taken back, the guest runs on, the target is told why
@@ -14,6 +14,7 @@ mod custody;
 mod doubt;
 mod drive;
 mod error;
+mod streams;
 
 pub use custody::Failed;
 pub use doubt::{InDoubt, Owner};
@@ -26,7 +27,7 @@ use crate::convergence::Goal;
 use crate::digest;
 use crate::guest::{Description, SourceGuest};
 use crate::ledger::DirtyLedger;
-use crate::link::Link;
+use crate::link::{Link, LinkError};
 use crate::progress::{Observer, Phase};
 use crate::region::{MAX_REGION_PAGES, MAX_REGIONS, RamRegion};
 use crate::report::Report;
@@ -34,7 +35,10 @@ use crate::wire::{Frame, Hello, Kind, MAX_MACHINE, MAX_STATE, Mode, Seal};
 use custody::{Custody, Step};
 use drive::{Answer, Drive};
 use std::fmt;
+use std::num::NonZeroU16;
+use std::thread::{self, Scope};
 use std::time::Duration;
+use streams::{Crew, Streams, Terms};
 use uuid::Uuid;
 
 /// The name of this build, for the other end's messages.
@@ -58,13 +62,16 @@ pub struct Plan {
     pub timeout: Option<Duration>,
     /// How long to wait for an answer, or for a byte to move.
     pub patience: Duration,
+    /// Over how many streams pages go, at most [`MAX_STREAMS`].
+    pub streams: NonZeroU16,
 }
 
 impl Plan {
     /// A plan with usual values.
     #[must_use]
     pub fn new(session: Uuid, mode: Mode) -> Self {
-        Self { session, mode, verify: false, goal: Goal::default(), timeout: None, patience: Duration::from_secs(30) }
+        let (goal, patience) = (Goal::default(), Duration::from_secs(30));
+        Self { session, mode, verify: false, goal, timeout: None, patience, streams: NonZeroU16::MIN }
     }
 }
 
@@ -84,6 +91,20 @@ impl fmt::Debug for Surroundings<'_> {
     }
 }
 
+/// How a migration gets streams beside the first, which is the link it begins on.
+pub struct Further<'a, L> {
+    /// Connects one more link to the target.
+    pub dial: &'a mut dyn FnMut() -> Result<L, LinkError>,
+    /// What the thread of each does first.
+    pub thread: &'a (dyn Fn() + Sync),
+}
+
+impl<L> fmt::Debug for Further<'_, L> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Further").finish_non_exhaustive()
+    }
+}
+
 /// Who owns the guest after a migration.
 #[derive(Debug)]
 #[must_use = "the guest is in it, unless it was handed over"]
@@ -100,7 +121,6 @@ pub enum Outcome<G> {
 struct Precopy<G> {
     custody: Custody<G>,
     regions: Vec<RamRegion>,
-    ledger: DirtyLedger,
     round: u32,
     claims: Uuid,
 }
@@ -126,25 +146,34 @@ struct Ready<G> {
 /// A transition to `T`, or the guest back.
 type Next<T, G> = Result<T, Box<Failed<G>>>;
 
-/// Migrates `guest` over `link`. The caller should close the link when this returns: the target waits for that a while.
-pub fn run<'a, G: SourceGuest, L: Link>(
+/// Migrates `guest` over `link`, and over the links that `further` gives where the plan has more streams. The caller should
+/// close the link when this returns: the target waits for that a while.
+pub fn run<G: SourceGuest, L: Link>(
     guest: G,
-    link: &'a mut L,
-    plan: &'a Plan,
-    around: Surroundings<'a>,
+    link: &mut L,
+    plan: &Plan,
+    around: Surroundings<'_>,
+    further: Further<'_, L>,
 ) -> Outcome<G> {
-    let mut drive = Drive::new(link, plan, around);
-    let ready = Precopy::offer(guest, &mut drive).and_then(|precopy| {
-        let stopped = match plan.mode {
-            Mode::Stop => precopy.stop(&mut drive)?,
-            Mode::Live => precopy.start_log(&mut drive)?.rounds(&mut drive)?.stop(&mut drive)?,
-        };
-        stopped.seal(&mut drive)?.await_ready(&mut drive)
-    });
-    match ready {
-        Ok(ready) => ready.go(&mut drive), // the point of no return is in here
-        Err(failed) => Outcome::StillOurs(*failed),
-    }
+    let streams = Streams::new();
+    let Surroundings { clock, cancel, observer } = around;
+    let Further { dial, thread } = further;
+    thread::scope(|scope| {
+        let mut drive = Drive::new(link, plan, &streams, Surroundings { clock, cancel, observer });
+        let mut crew = Crew::new(&streams);
+        let ready = Precopy::offer(guest, &mut drive).and_then(|precopy| {
+            let precopy = precopy.open_streams(&mut drive, &mut crew, scope, Further { dial, thread })?;
+            let stopped = match plan.mode {
+                Mode::Stop => precopy.stop(&mut drive)?,
+                Mode::Live => precopy.start_log(&mut drive)?.rounds(&mut drive)?.stop(&mut drive)?,
+            };
+            stopped.seal(&mut drive)?.await_ready(&mut drive)
+        });
+        match ready {
+            Ok(ready) => ready.go(&mut drive), // the point of no return is in here
+            Err(failed) => Outcome::StillOurs(*failed),
+        }
+    })
 }
 
 /// Gives a guest back. The target is told first if it holds what the guest needs, else last: that keeps the guest
@@ -180,10 +209,32 @@ impl<G: SourceGuest> Precopy<G> {
         });
         match offered {
             Ok((Description { regions, .. }, claims)) => {
-                let ledger = DirtyLedger::new(&regions.iter().map(|region| region.pages).collect::<Vec<_>>());
-                Ok(Self { custody, regions, ledger, round: 0, claims })
+                let pages: Vec<_> = regions.iter().map(|region| region.pages).collect();
+                *drive.streams.ledger.lock() = DirtyLedger::new(&pages);
+                Ok(Self { custody, regions, round: 0, claims })
             }
             Err(cause) => Err(fail(custody, cause, drive)),
+        }
+    }
+
+    /// Connects the further streams, each with its thread.
+    fn open_streams<'scope, L: Link>(
+        self,
+        drive: &mut Drive<'_, L>,
+        crew: &mut Crew<'scope, L::Cutter>,
+        scope: &'scope Scope<'scope, '_>,
+        further: Further<'scope, L>,
+    ) -> Next<Self, G> {
+        let Further { dial, thread } = further;
+        let terms = Terms { session: drive.plan.session, patience: drive.plan.patience, thread };
+        let opened = (1..drive.plan.streams.get()).try_for_each(|_| {
+            drive.check()?;
+            let link = dial().map_err(SourceError::Link)?;
+            crew.hire(scope, link, terms, self.custody.guest.memory()).map_err(|error| SourceError::Link(error.into()))
+        });
+        match opened {
+            Ok(()) => Ok(self),
+            Err(cause) => Err(fail(self.custody, cause, drive)),
         }
     }
 
@@ -191,7 +242,7 @@ impl<G: SourceGuest> Precopy<G> {
     fn start_log<L: Link>(mut self, drive: &mut Drive<'_, L>) -> Next<Self, G> {
         match self.custody.take(Step::DirtyLog) {
             Ok(()) => {
-                self.ledger.mark_all();
+                drive.streams.ledger.lock().mark_all();
                 Ok(self)
             }
             Err(cause) => Err(fail(self.custody, cause, drive)),
@@ -212,18 +263,18 @@ impl<G: SourceGuest> Precopy<G> {
 
     fn round<L: Link>(&mut self, drive: &mut Drive<'_, L>) -> Result<bool, SourceError> {
         self.round += 1;
-        let sent = drive.send_round(self.round, &mut self.ledger, &self.custody.guest)?;
-        self.harvest()?;
-        let dirty_at_end = self.ledger.dirty_pages();
+        let sent = drive.send_round(self.round, &self.custody.guest.memory())?;
+        let dirty_at_end = self.harvest(drive)?;
         drive.round_done(crate::RoundReport { dirty_at_end, ..sent });
         drive.another_round(self.round, dirty_at_end)
     }
 
-    fn harvest(&mut self) -> Result<(), SourceError> {
-        self.custody
-            .guest
-            .harvest_dirty(&mut self.ledger)
-            .map_err(|error| SourceError::Guest { step: "tell its dirty pages", source: host_error(error) })
+    /// Takes the pages that changed into the ledger; how many are in it then.
+    fn harvest<L: Link>(&mut self, drive: &Drive<'_, L>) -> Result<u64, SourceError> {
+        let mut ledger = drive.streams.ledger.lock();
+        let harvested = self.custody.guest.harvest_dirty(&mut ledger);
+        harvested.map_err(|error| SourceError::Guest { step: "tell its dirty pages", source: host_error(error) })?;
+        Ok(ledger.dirty_pages())
     }
 
     /// Pauses the guest and captures its state, and only then learns the last dirty pages: capturing may touch memory.
@@ -243,8 +294,8 @@ impl<G: SourceGuest> Precopy<G> {
         let state = saved.map_err(|error| SourceError::Guest { step: "save its state", source: host_error(error) })?;
         fits("The state", state.len() as u64, MAX_STATE as u64)?;
         match drive.plan.mode {
-            Mode::Stop => self.ledger.mark_all(),
-            Mode::Live => self.harvest()?,
+            Mode::Stop => drive.streams.ledger.lock().mark_all(),
+            Mode::Live => drop(self.harvest(drive)?),
         }
         Ok(state)
     }
@@ -263,17 +314,18 @@ impl<G: SourceGuest> Stopped<G> {
     }
 
     fn send_rest<L: Link>(&mut self, drive: &mut Drive<'_, L>) -> Result<(), SourceError> {
-        let Self { precopy: Precopy { custody, regions, ledger, round, claims: _ }, state } = self;
-        let last = drive.send_round(*round + 1, ledger, &custody.guest)?;
+        let Self { precopy: Precopy { custody, regions, round, claims: _ }, state } = self;
+        let memory = custody.guest.memory();
+        let last = drive.send_round(*round + 1, &memory)?;
         drive.round_done(last);
         drive.enter(Phase::Restoring);
         drive.send(&Frame::State(state))?;
-        let memory = if drive.plan.verify { digest::of_memory(&custody.guest, regions) } else { Ok(Vec::new()) };
-        let memory = memory.map_err(|source| SourceError::Guest { step: "give access to its memory", source })?;
+        let digests = if drive.plan.verify { digest::of_memory(&memory, regions) } else { Ok(Vec::new()) };
+        let memory = digests.map_err(|source| SourceError::Guest { step: "give access to its memory", source })?;
         custody.take(Step::Release)?;
         drive.check()?;
-        let sent = drive.sent();
-        drive.send(&Frame::Seal(Seal { frames: sent.frames, transcript: sent.digest, memory }))
+        let (link, streams) = (drive.sent(), drive.streams.transcripts());
+        drive.send(&Frame::Seal(Seal { link, streams, memory }))
     }
 }
 
@@ -332,6 +384,6 @@ fn fits(what: &'static str, found: u64, max: u64) -> Result<(), SourceError> {
 
 fn hello<'a>(plan: &Plan, description: &'a Description) -> Hello<'a> {
     let Description { vm, regions, machine } = description;
-    let (build, regions) = (BUILD, regions.clone());
-    Hello { session: plan.session, vm: *vm, mode: plan.mode, verify: plan.verify, build, regions, machine }
+    let Plan { session, mode, verify, goal: _, timeout: _, patience: _, streams } = *plan;
+    Hello { session, vm: *vm, mode, verify, streams: streams.get(), build: BUILD, regions: regions.clone(), machine }
 }

@@ -1,15 +1,15 @@
 //! The target while memory comes in, and its check of the whole.
 
 use super::error::Fault;
+use super::intake::{Intake, Share, memory, same};
 use crate::clock::Clock;
 use crate::digest::{self, TranscriptDigest};
-use crate::guest::{HostError, TargetHost, exact_slice};
-use crate::ledger::DirtyLedger;
-use crate::region::{PageIndex, PageRun, RamRegion, RegionId};
+use crate::guest::GuestPages;
+use crate::region::RegionId;
 use crate::report::{Ending, PhaseReport, Report, Role, RoundReport, ms};
-use crate::wire::{Hello, Mode, PageCode, Records, RoundEnd, Running, Seal};
-use crate::zero::{clear, pages};
+use crate::wire::{Hello, Mode, Records, RoundEnd, Running, Seal};
 use std::fmt;
+use std::sync::Arc;
 use std::time::Duration;
 use uuid::Uuid;
 
@@ -36,20 +36,11 @@ pub struct Arrived {
 
 /// Memory under way.
 #[derive(Debug)]
-pub struct Filling {
+pub struct Filling<M> {
     pub(super) incoming: Incoming,
-    regions: Vec<RamRegion>,
-    /// The pages that are not zero any more: "dirty" compared with the fresh memory that the host made.
-    written: DirtyLedger,
-    round: Tally,
-}
-
-/// What the round under way has brought.
-#[derive(Debug)]
-struct Tally {
-    round: u32,
-    pages: u64,
-    zero_pages: u64,
+    pub(super) intake: Arc<Intake<M>>,
+    /// What the first stream has brought in the round under way.
+    share: Share,
     started: Duration,
     bytes_before: u64,
 }
@@ -80,83 +71,51 @@ impl Moment<'_> {
     }
 }
 
-impl Filling {
-    pub(super) fn new(hello: Hello<'_>, at: Moment<'_>) -> Self {
-        let Hello { session, vm, mode, verify, build: _, regions, machine: _ } = hello;
-        let written = DirtyLedger::new(&regions.iter().map(|region| region.pages).collect::<Vec<_>>());
+impl<M: GuestPages> Filling<M> {
+    pub(super) fn new(hello: Hello<'_>, memory: M, at: Moment<'_>) -> Self {
+        let Hello { session, vm, mode, verify, streams, build: _, regions, machine: _ } = hello;
         let incoming = Incoming { session, vm, mode, verify, started: at.now, rounds: Vec::new() };
-        Self { incoming, regions, written, round: Tally::new(1, at) }
+        let intake = Arc::new(Intake::new(memory, regions, streams));
+        Self { incoming, intake, share: Share::default(), started: at.now, bytes_before: at.bytes }
     }
 
-    /// Checks the records, makes their zero pages zero, and expects the bytes of the raw ones.
-    pub(super) fn pages<H: TargetHost>(&mut self, records: Records<'_>, host: &H) -> Result<(), Fault> {
-        for (run, code) in records.iter() {
-            self.check(run)?;
-            match code {
-                PageCode::Raw => {
-                    self.written.put_back(run);
-                }
-                PageCode::Zero => {
-                    self.clear(run, host)?;
-                    self.round.zero_pages += u64::from(run.pages);
-                }
-            }
-            self.round.pages += u64::from(run.pages);
-        }
-        Ok(())
+    /// Takes the records of a frame of the first stream, and expects the bytes of the raw ones.
+    pub(super) fn pages(&mut self, records: Records<'_>) -> Result<(), Fault> {
+        self.intake.take(records, &mut self.share)
     }
 
-    fn check(&self, run: PageRun) -> Result<(), Fault> {
-        let PageRun { region, first, pages } = run;
-        let end = first.0.checked_add(u64::from(pages));
-        match self.regions.get(usize::from(region.0)) {
-            Some(layout) if end.is_some_and(|end| end <= layout.pages) => Ok(()),
-            _ => Err(Fault::NoSuchPages { region, first, pages }),
-        }
-    }
-
-    /// Makes pages zero that were something else before. The others are not touched, so the host need not back them.
-    fn clear<H: TargetHost>(&self, run: PageRun, host: &H) -> Result<(), Fault> {
-        let written = (0..u64::from(run.pages)).map(|offset| run.first.0 + offset);
-        for page in written.filter(|&page| self.written.is_dirty(run.region, page)) {
-            let one = PageRun { first: PageIndex(page), pages: 1, ..run };
-            pages(&exact_slice(host, one).map_err(memory)?).for_each(|page| clear(&page));
-        }
-        Ok(())
-    }
-
-    /// Compares a round with what the source says of it, and begins the next.
-    pub(super) fn round_end(&mut self, end: RoundEnd, at: Moment<'_>) -> Result<RoundReport, Fault> {
+    /// The first stream has ended a round, and the source says what all of them brought. [`round_done`](Self::round_done)
+    /// is due when the others have ended it, too.
+    pub(super) fn round_end(mut self: Box<Self>, end: RoundEnd) -> Result<AwaitStreams<M>, Fault> {
         if self.incoming.rounds.len() >= MAX_ROUNDS {
             return Err(Fault::TooManyRounds { limit: MAX_ROUNDS });
         }
-        let Tally { round, pages, zero_pages, started, bytes_before } = self.round;
-        same("The number of a round", round.into(), end.round.into())?;
-        same("The number of pages of a round", pages, end.pages)?;
-        same("The number of zero pages of a round", zero_pages, end.zero_pages)?;
-        let bytes = at.bytes - bytes_before;
-        let report = RoundReport { round, pages, zero_pages, bytes, ms: ms(at.now - started), dirty_at_end: 0 };
-        self.incoming.rounds.push(report);
-        self.round = Tally::new(round.saturating_add(1), at);
-        Ok(report)
+        self.share = Share::default();
+        let round = self.intake.end_first();
+        Ok(AwaitStreams { filling: self, round, end })
     }
 
-    /// Which round is under way, and how many pages it has brought.
-    pub(super) fn progress(&self) -> (u32, u64, Duration, u64) {
-        (self.round.round, self.round.pages, self.round.started, self.round.bytes_before)
+    /// Since when the round under way is under way, and how many bytes had come before it.
+    pub(super) fn since(&self) -> (Duration, u64) {
+        (self.started, self.bytes_before)
     }
 
     /// Compares everything with the source's account of it.
-    pub(super) fn check_seal<H: TargetHost>(&self, seal: &Seal, host: &H, at: Moment<'_>) -> Result<(), Fault> {
-        same("The number of frames", at.before.frames, seal.frames)?;
-        same("The digest of all frames", at.before.digest, seal.transcript)?;
-        same("The number of pages after the last round", self.round.pages, 0)?;
-        let digests = if self.incoming.verify { self.regions.len() } else { 0 };
+    pub(super) fn check_seal(&self, seal: &Seal, at: Moment<'_>) -> Result<(), Fault> {
+        let transcripts = self.intake.transcripts();
+        same("The number of further streams", transcripts.len() as u64, seal.streams.len() as u64)?;
+        for (here, there) in [at.before].iter().chain(&transcripts).zip([&seal.link].into_iter().chain(&seal.streams)) {
+            same("The number of frames", here.frames, there.frames)?;
+            same("The digest of all frames", here.digest, there.digest)?;
+        }
+        same("The number of pages after the last round", self.share.pages, 0)?;
+        let regions = self.intake.regions();
+        let digests = if self.incoming.verify { regions.len() } else { 0 };
         same("The number of digests of memory", digests as u64, seal.memory.len() as u64)?;
         if !self.incoming.verify {
             return Ok(());
         }
-        let here = digest::of_memory(host, &self.regions).map_err(memory)?;
+        let here = digest::of_memory(self.intake.memory(), regions).map_err(memory)?;
         match (0..).zip(here.iter().zip(&seal.memory)).find(|(_, (here, there))| here != there) {
             Some((region, _)) => Err(Fault::MemoryDiffers { region: RegionId(region) }),
             None => Ok(()),
@@ -164,9 +123,40 @@ impl Filling {
     }
 }
 
-impl Tally {
-    fn new(round: u32, at: Moment<'_>) -> Self {
-        Self { round, pages: 0, zero_pages: 0, started: at.now, bytes_before: at.bytes }
+/// The first stream is through with a round.
+#[derive(Debug)]
+pub struct AwaitStreams<M> {
+    filling: Box<Filling<M>>,
+    round: u32,
+    end: RoundEnd,
+}
+
+impl<M: GuestPages> AwaitStreams<M> {
+    pub(super) fn session(&self) -> Uuid {
+        self.filling.incoming.session
+    }
+
+    /// Where the others are.
+    pub(super) fn intake(&self) -> &Arc<Intake<M>> {
+        &self.filling.intake
+    }
+
+    /// Whether the others are through, too.
+    pub(super) fn is_over(&self) -> bool {
+        self.intake().ended(self.round).is_some()
+    }
+
+    /// Compares the round with what the source says of it, and goes on to the next. `at` is when it was over.
+    pub(super) fn round_done(self, at: Moment<'_>) -> Result<(Box<Filling<M>>, RoundReport), Fault> {
+        let Self { mut filling, round, end } = self;
+        let came = filling.intake.ended(round).unwrap_or_default();
+        came.compare(end, round)?;
+        let Share { pages, zero_pages } = came;
+        let (bytes, ms) = (at.bytes - filling.bytes_before, ms(at.now - filling.started));
+        let report = RoundReport { round, pages, zero_pages, bytes, ms, dirty_at_end: 0 };
+        filling.incoming.rounds.push(report);
+        (filling.started, filling.bytes_before) = (at.now, at.bytes);
+        Ok((filling, report))
     }
 }
 
@@ -192,13 +182,4 @@ impl Arrived {
             phases,
         }
     }
-}
-
-/// What went wrong with guest memory.
-pub(super) fn memory(source: HostError) -> Fault {
-    Fault::Host { step: "give access to the guest's memory", source }
-}
-
-fn same(what: &'static str, here: u64, there: u64) -> Result<(), Fault> {
-    if here == there { Ok(()) } else { Err(Fault::Differs { what, here, there }) }
 }

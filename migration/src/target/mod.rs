@@ -3,6 +3,7 @@
 //! ```text
 //! AwaitHello ──Hello──► Filling ──State──► AwaitSeal ──Seal──► AwaitGo ──Go──► Running
 //!     │                  │   ▲ Pages, RoundEnd            Ready sent      Running sent ──Report──► told
+//!     │                  │   and AwaitStreams, after a RoundEnd until the further streams are through, too
 //!     └──Query──► Answered
 //! any state but the last ──wrong frame, Abort, lost link──► fault: the guest is not this host's, and never will be
 //! ```
@@ -11,32 +12,35 @@
 
 mod error;
 mod filling;
+mod intake;
 mod receive;
+mod streams;
 #[cfg(test)]
 mod tests;
 
 pub use error::Fault;
-pub use filling::{Arrived, Filling, Incoming, Moment};
-pub use receive::{Arrival, Reception, receive};
+pub use filling::{Arrived, AwaitStreams, Filling, Incoming, Moment};
+pub use receive::{Arrival, Further, Reception, receive};
 
 use crate::channel::host_error;
-use crate::guest::{Claim, Claims, Offer, Refusal, TargetHost};
+use crate::guest::{Claim, Claims, GuestPages, Offer, Refusal, TargetHost};
 use crate::progress::Phase;
 use crate::region::RamRegion;
-use crate::report::RoundReport;
 use crate::wire::{Frame, Hello, Running, Seal};
 use std::time::Duration;
 use uuid::Uuid;
 
 /// Where the target is.
 #[derive(Debug)]
-pub enum Target {
+pub enum Target<M> {
     /// Nobody has said anything.
     AwaitHello,
     /// The machine is built, and memory comes in.
-    Filling(Box<Filling>),
+    Filling(Box<Filling<M>>),
+    /// The first stream is through with a round.
+    AwaitStreams(AwaitStreams<M>),
     /// The state is here too.
-    AwaitSeal(Box<AwaitSeal>),
+    AwaitSeal(Box<AwaitSeal<M>>),
     /// All is restored; the source has been told.
     AwaitGo(Box<AwaitGo>),
     /// The guest is this host's.
@@ -47,8 +51,8 @@ pub enum Target {
 
 /// Memory and state are here, unchecked.
 #[derive(Debug)]
-pub struct AwaitSeal {
-    filling: Filling,
+pub struct AwaitSeal<M> {
+    filling: Filling<M>,
     state: Vec<u8>,
 }
 
@@ -67,20 +71,18 @@ pub enum Reply {
     Silence,
     /// The bytes of the frame's raw runs come next.
     Fill,
-    /// A round is over.
-    RoundDone(RoundReport),
     /// The source is to be told, and cannot go on without.
     Send(Frame<'static>),
     /// The source is to be told, but whether it hears changes nothing: the matter is decided.
     Last(Frame<'static>),
 }
 
-impl Target {
+impl<M: GuestPages> Target<M> {
     /// Takes one frame.
     ///
     /// # Errors
     /// [`Fault`]; the migration is over then.
-    pub fn on_frame<H: TargetHost, C: Claims>(
+    pub fn on_frame<H: TargetHost<Memory = M>, C: Claims>(
         self,
         frame: Frame<'_>,
         at: Moment<'_>,
@@ -92,18 +94,20 @@ impl Target {
             (state, Frame::Heartbeat) if !matches!(state, Self::AwaitHello) => Ok((state, Reply::Silence)),
             (_, Frame::Abort { reason }) => Err(Fault::SourceGaveUp { reason: reason.to_owned() }),
             (Self::AwaitHello, Frame::Hello(hello)) => {
-                prepare(&hello, host)?;
+                let memory = prepare(&hello, host)?;
                 let accept = Frame::Accept { claims: claims.identity() };
-                Ok((Self::Filling(Box::new(Filling::new(hello, at))), Reply::Send(accept)))
+                Ok((Self::Filling(Box::new(Filling::new(hello, memory, at))), Reply::Send(accept)))
             }
-            (Self::AwaitHello, Frame::Query { session, claims: asked }) => answer(session, asked, claims),
+            (Self::AwaitHello, Frame::Query { session, claims: asked }) => {
+                let stands = verdict(session, asked, claims)?;
+                Ok((Self::Answered(stands), Reply::Last(Frame::Verdict(stands))))
+            }
             (Self::Filling(mut filling), Frame::Pages(records)) => {
-                filling.pages(records, host)?;
+                filling.pages(records)?;
                 Ok((Self::Filling(filling), Reply::Fill))
             }
-            (Self::Filling(mut filling), Frame::RoundEnd(end)) => {
-                let round = filling.round_end(end, at)?;
-                Ok((Self::Filling(filling), Reply::RoundDone(round)))
+            (Self::Filling(filling), Frame::RoundEnd(end)) => {
+                Ok((Self::AwaitStreams(filling.round_end(end)?), Reply::Silence))
             }
             (Self::Filling(filling), Frame::State(state)) => {
                 let state = AwaitSeal { filling: *filling, state: state.to_vec() };
@@ -129,6 +133,7 @@ impl Target {
         match self {
             Self::AwaitHello | Self::Answered(_) => None,
             Self::Filling(filling) => Some(filling.incoming.session),
+            Self::AwaitStreams(waiting) => Some(waiting.session()),
             Self::AwaitSeal(whole) => Some(whole.filling.incoming.session),
             Self::AwaitGo(ready) => Some(ready.incoming.session),
             Self::Running(arrived) => Some(arrived.incoming.session),
@@ -138,7 +143,7 @@ impl Target {
     fn in_words(&self) -> &'static str {
         match self {
             Self::AwaitHello => "before Hello",
-            Self::Filling(_) => "while its memory came in",
+            Self::Filling(_) | Self::AwaitStreams(_) => "while its memory came in",
             Self::AwaitSeal(_) => "between State and Seal",
             Self::AwaitGo(_) => "when Go was due",
             Self::Running(_) => "after Go",
@@ -150,7 +155,7 @@ impl Target {
     fn phase(&self) -> Phase {
         match self {
             Self::AwaitHello | Self::Answered(_) => Phase::Offering,
-            Self::Filling(_) => Phase::Rounds,
+            Self::Filling(_) | Self::AwaitStreams(_) => Phase::Rounds,
             Self::AwaitSeal(_) => Phase::Restoring,
             Self::AwaitGo(_) | Self::Running(_) => Phase::HandingOver,
         }
@@ -158,13 +163,13 @@ impl Target {
 }
 
 /// Has the host check the offer and build the machine, and compares its memory with the guest's.
-fn prepare<H: TargetHost>(hello: &Hello<'_>, host: &mut H) -> Result<(), Fault> {
-    let Hello { session, vm, mode, verify: _, build, regions, machine } = hello;
+fn prepare<H: TargetHost>(hello: &Hello<'_>, host: &mut H) -> Result<H::Memory, Fault> {
+    let Hello { session, vm, mode, verify: _, streams: _, build, regions, machine } = hello;
     let (session, vm, mode) = (*session, *vm, *mode);
-    host.prepare(&Offer { session, vm, mode, build, regions, machine }).map_err(Fault::Refused)?;
+    let memory = host.prepare(&Offer { session, vm, mode, build, regions, machine }).map_err(Fault::Refused)?;
     let here = host.regions();
     if here == *regions {
-        return Ok(());
+        return Ok(memory);
     }
     let list = |regions: &[RamRegion]| regions.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
     let (here, there) = (list(&here), list(regions));
@@ -172,12 +177,11 @@ fn prepare<H: TargetHost>(hello: &Hello<'_>, host: &mut H) -> Result<(), Fault> 
 }
 
 /// Says whose the guest of a session is, and so decides it if it was open.
-fn answer<C: Claims>(session: Uuid, asked: Uuid, claims: &C) -> Result<(Target, Reply), Fault> {
+fn verdict<C: Claims>(session: Uuid, asked: Uuid, claims: &C) -> Result<Claim, Fault> {
     if asked != claims.identity() {
         return Err(Fault::NotAsked);
     }
-    let stands = claims.claim(session, Claim::NotMine).map_err(|error| Fault::Claims(host_error(error)))?;
-    Ok((Target::Answered(stands), Reply::Last(Frame::Verdict(stands))))
+    claims.claim(session, Claim::NotMine).map_err(|error| Fault::Claims(host_error(error)))
 }
 
 /// Claims the guest, and then lets it run.
@@ -190,10 +194,11 @@ fn take_over<H: TargetHost, C: Claims>(session: Uuid, host: &mut H, claims: &C) 
     }
 }
 
-impl AwaitSeal {
+impl<M: GuestPages> AwaitSeal<M> {
     /// Checks that all of the guest is here as it was sent, and restores it.
     fn restore<H: TargetHost>(self, seal: &Seal, host: &mut H, at: Moment<'_>) -> Result<AwaitGo, Fault> {
-        self.filling.check_seal(seal, host, at)?;
+        self.filling.check_seal(seal, at)?;
+        self.filling.intake.close();
         host.restore(&self.state)
             .map_err(|error| Fault::Host { step: "restore the guest's state", source: host_error(error) })?;
         Ok(AwaitGo { incoming: self.filling.incoming, restore: at.elapsed() })

@@ -1,19 +1,26 @@
 //! The driver of the target: reads frames, moves page data into guest memory, answers, and ends well whatever happens.
 
-use super::{Fault, Moment, Reply, Target};
+use super::intake::Intake;
+use super::streams::Doorman;
+use super::{Arrived, AwaitStreams, Fault, Filling, Moment, Reply, Target};
 use crate::channel::{Channel, TICK, in_words};
 use crate::clock::Clock;
-use crate::guest::{Claim, Claims, TargetHost, exact_slice};
+use crate::guest::{Claim, Claims, GuestPages, TargetHost};
 use crate::link::{Link, LinkError};
 use crate::progress::{Moved, Observer, Phase, Progress};
 use crate::report::{PhaseReport, Report, ms, per_second};
 use crate::wire::{Frame, Records};
 use std::fmt;
+use std::sync::Arc;
+use std::thread;
 use std::time::Duration;
 use uuid::Uuid;
 
 /// How long to wait for the source to hang up after the last frame.
 const LINGER: Duration = Duration::from_secs(5);
+
+/// How long the source may take to say why a further stream broke.
+const LAST_WORDS: Duration = Duration::from_secs(1);
 
 /// What the target needs besides the host, the record and the link.
 pub struct Reception<'a> {
@@ -28,6 +35,20 @@ pub struct Reception<'a> {
 impl fmt::Debug for Reception<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Reception").field("patience", &self.patience).finish_non_exhaustive()
+    }
+}
+
+/// How the further streams of a migration come.
+pub struct Further<'a, L> {
+    /// Waits for at most so long for one more link.
+    pub accept: &'a mut (dyn FnMut(Duration) -> Result<Option<L>, LinkError> + Send),
+    /// What the thread of each stream does first.
+    pub thread: &'a (dyn Fn() + Sync),
+}
+
+impl<L> fmt::Debug for Further<'_, L> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Further").finish_non_exhaustive()
     }
 }
 
@@ -46,51 +67,64 @@ pub enum Arrival {
 /// # Errors
 /// [`Fault`]. The source has been told, if it can be, the record says that the guest is not this host's, and the host has
 /// abandoned it. [`Fault::NotRunning`] alone is different: the guest is this host's, and the host still has it.
-pub fn receive<'a, L: Link, H: TargetHost, C: Claims>(
-    link: &'a mut L,
+pub fn receive<L: Link, H: TargetHost, C: Claims + Sync>(
+    link: &mut L,
     host: &mut H,
     claims: &C,
-    around: Reception<'a>,
+    around: Reception<'_>,
+    further: Further<'_, L>,
 ) -> Result<Arrival, Fault> {
-    let mut driver = Driver::new(link, around);
-    let mut target = Target::AwaitHello;
-    loop {
-        driver.enter(target.phase());
-        target = match driver.step(target, host, claims) {
-            Ok(Target::Running(arrived)) => {
-                let (now, bytes) = (driver.around.clock.now(), driver.channel.bytes());
-                let own = arrived.report(now, bytes, driver.leave());
-                let report = match driver.hear_report(own.session) {
-                    Some(source) => own.joined(source),
-                    None => own,
-                };
-                driver.linger();
-                return Ok(Arrival::Running(report));
+    let Reception { clock, observer, patience } = around;
+    let Further { accept, thread } = further;
+    thread::scope(|scope| {
+        let mut driver = Driver::new(link, Reception { clock, observer, patience });
+        let (mut target, mut door, mut crew) = (Target::AwaitHello, Some(Further { accept, thread }), None);
+        loop {
+            driver.enter(target.phase());
+            let next = driver.step(target, host, claims).and_then(|next| {
+                if let (Target::Filling(filling), Some(further)) = (&next, door.take_if(|_| next.session().is_some())) {
+                    let (session, intake) = (filling.incoming.session, &filling.intake);
+                    driver.intake = Some(Arc::clone(intake));
+                    let started = Doorman::start(scope, further, session, intake, claims, patience);
+                    crew = Some(started.map_err(|error| Fault::Link(error.into()))?);
+                }
+                Ok(next)
+            });
+            target = match next {
+                Ok(Target::Running(arrived)) => return Ok(Arrival::Running(driver.welcome(*arrived))),
+                Ok(Target::Answered(claim)) => {
+                    driver.linger();
+                    return Ok(Arrival::Answered(claim));
+                }
+                Ok(next) => next,
+                Err(fault) => {
+                    drop(crew);
+                    return Err(driver.end(fault, host, claims));
+                }
             }
-            Ok(Target::Answered(claim)) => {
-                driver.linger();
-                return Ok(Arrival::Answered(claim));
-            }
-            Ok(next @ (Target::AwaitHello | Target::Filling(_) | Target::AwaitSeal(_) | Target::AwaitGo(_))) => next,
-            Err(fault) => return Err(driver.end(fault, host, claims)),
         }
-    }
+    })
 }
 
-struct Driver<'a, L> {
+struct Driver<'a, L, M> {
     channel: Channel<'a, L>,
     around: Reception<'a>,
     body: Vec<u8>,
     /// The session, once the host has made room for its guest.
     session: Option<Uuid>,
+    /// Where the guest's pages go.
+    intake: Option<Arc<Intake<M>>>,
+    /// Why a further stream ended, and how long the source may take to say more about it.
+    lost_stream: Option<(Fault, Duration)>,
     entered: Option<(Phase, Duration)>,
     phases: Vec<PhaseReport>,
 }
 
-impl<'a, L: Link> Driver<'a, L> {
+impl<'a, L: Link, M: GuestPages> Driver<'a, L, M> {
     fn new(link: &'a mut L, around: Reception<'a>) -> Self {
         link.set_patience(around.patience);
-        Self { channel: Channel::new(link), around, body: Vec::new(), session: None, entered: None, phases: Vec::new() }
+        let (channel, body, phases) = (Channel::new(link), Vec::new(), Vec::new());
+        Self { channel, around, body, session: None, intake: None, lost_stream: None, entered: None, phases }
     }
 
     /// Begins a phase, unless it is under way: ends the clock of the last one, logs, tells the onlooker.
@@ -114,53 +148,121 @@ impl<'a, L: Link> Driver<'a, L> {
         std::mem::take(&mut self.phases)
     }
 
+    /// Goes on from one state to the next.
+    fn step<H: TargetHost<Memory = M>, C: Claims>(
+        &mut self,
+        target: Target<M>,
+        host: &mut H,
+        claims: &C,
+    ) -> Result<Target<M>, Fault> {
+        match target {
+            Target::AwaitStreams(waiting) => self.await_streams(waiting),
+            other => self.take_frame(other, host, claims),
+        }
+    }
+
     /// Waits for one frame and does what it asks for.
-    fn step<H: TargetHost, C: Claims>(&mut self, target: Target, host: &mut H, claims: &C) -> Result<Target, Fault> {
-        self.wait().map_err(Fault::Link)?;
-        let bytes = self.channel.bytes();
+    fn take_frame<H: TargetHost<Memory = M>, C: Claims>(
+        &mut self,
+        target: Target<M>,
+        host: &mut H,
+        claims: &C,
+    ) -> Result<Target<M>, Fault> {
+        self.wait()?;
         let frame = self.channel.receive(&mut self.body)?;
-        let clock = self.around.clock;
-        let at = Moment { now: clock.now(), clock, bytes, before: self.channel.received_before_last() };
         let records = if let Frame::Pages(records) = &frame { *records } else { Records::new(&[]) };
+        let at = moment(&self.around, &self.channel, self.intake.as_deref());
         let (target, reply) = target.on_frame(frame, at, host, claims)?;
         self.session = target.session();
         match reply {
             Reply::Silence => {}
             Reply::Fill => {
-                let raw: Result<Vec<_>, _> = records.raw_runs().map(|run| exact_slice(host, run)).collect();
-                let raw = raw.map_err(super::filling::memory)?;
-                self.channel.receive_pages(&raw).map_err(Fault::Link)?;
-                self.tell_progress(&target);
+                if let Target::Filling(filling) = &target {
+                    self.channel.receive_pages(&filling.intake.raw(records)?).map_err(Fault::Link)?;
+                    self.tell_progress(filling);
+                }
             }
-            Reply::RoundDone(round) => self.around.observer.on(Progress::RoundDone(round)),
             Reply::Send(frame) => self.channel.send(&frame).map_err(Fault::Link)?,
             Reply::Last(frame) => self.say(&frame),
         }
         Ok(target)
     }
 
+    /// Waits until the further streams have ended the round, too.
+    fn await_streams(&mut self, waiting: AwaitStreams<M>) -> Result<Target<M>, Fault> {
+        let (intake, limit) = (Arc::clone(waiting.intake()), self.around.patience);
+        let (mut end, mut bytes) = (self.around.clock.now() + limit, intake.further_bytes());
+        loop {
+            let seen = intake.news.rung();
+            if waiting.is_over() {
+                break;
+            }
+            self.check_streams()?;
+            if self.around.clock.now() >= end {
+                return Err(Fault::Link(LinkError::TimedOut { limit }));
+            }
+            self.channel.link().idle(&intake.news, seen, TICK.min(limit));
+            if intake.news.rung() == seen {
+                self.channel.send(&Frame::Heartbeat).map_err(Fault::Link)?;
+            }
+            if std::mem::replace(&mut bytes, intake.further_bytes()) != intake.further_bytes() {
+                end = self.around.clock.now() + limit;
+            }
+        }
+        let (filling, round) = waiting.round_done(moment(&self.around, &self.channel, Some(&intake)))?;
+        self.around.observer.on(Progress::RoundDone(round));
+        Ok(Target::Filling(filling))
+    }
+
     /// Waits for the source to say something. Shows signs of life meanwhile, once a migration has begun.
-    fn wait(&mut self) -> Result<(), LinkError> {
+    fn wait(&mut self) -> Result<(), Fault> {
         let limit = self.around.patience;
         let end = self.around.clock.now() + limit;
-        while !self.channel.link().wait(TICK.min(limit))? {
+        self.check_streams()?;
+        while !self.channel.link().wait(TICK.min(limit)).map_err(Fault::Link)? {
+            self.check_streams()?;
             if self.around.clock.now() >= end {
-                return Err(LinkError::TimedOut { limit });
+                return Err(Fault::Link(LinkError::TimedOut { limit }));
             }
             if self.session.is_some() {
-                self.channel.send(&Frame::Heartbeat)?;
+                self.channel.send(&Frame::Heartbeat).map_err(Fault::Link)?;
             }
         }
         Ok(())
     }
 
-    fn tell_progress(&mut self, target: &Target) {
-        if let Target::Filling(filling) = target {
-            let (round, pages, started, bytes_before) = filling.progress();
-            let (time, bytes) = (self.around.clock.now() - started, self.channel.bytes());
-            let bytes_per_second = per_second(bytes - bytes_before, ms(time));
-            self.around.observer.on(Progress::Moved(Moved { round, pages, of: 0, bytes, bytes_per_second }));
+    /// Whether all further streams are well. If one broke, the source may have more to say of it than that.
+    fn check_streams(&mut self) -> Result<(), Fault> {
+        let now = self.around.clock.now();
+        if let Some(fault) = self.intake.as_ref().and_then(|intake| intake.take_failure()) {
+            let explained = matches!(fault, Fault::Link(_));
+            let until = if explained { now + LAST_WORDS } else { now };
+            self.lost_stream.get_or_insert((fault, until));
         }
+        match self.lost_stream.take_if(|(_, until)| *until <= now) {
+            Some((fault, _)) => Err(fault),
+            None => Ok(()),
+        }
+    }
+
+    fn tell_progress(&mut self, filling: &Filling<M>) {
+        let ((round, pages), (started, bytes_before)) = (filling.intake.progress(), filling.since());
+        let time = self.around.clock.now() - started;
+        let bytes = self.channel.bytes() + filling.intake.further_bytes();
+        let bytes_per_second = per_second(bytes - bytes_before, ms(time));
+        self.around.observer.on(Progress::Moved(Moved { round, pages, of: 0, bytes, bytes_per_second }));
+    }
+
+    /// The report of a guest that runs here now.
+    fn welcome(&mut self, arrived: Arrived) -> Report {
+        let at = moment(&self.around, &self.channel, self.intake.as_deref());
+        let own = arrived.report(at.now, at.bytes, self.leave());
+        let report = match self.hear_report(own.session) {
+            Some(source) => own.joined(source),
+            None => own,
+        };
+        self.linger();
+        report
     }
 
     /// Says the last word. Whether it arrives changes nothing here: the source will ask.
@@ -188,7 +290,7 @@ impl<'a, L: Link> Driver<'a, L> {
     }
 
     /// Ends a migration that failed. The record and the host come before the source, which then finds its disks free.
-    fn end<H: TargetHost, C: Claims>(&mut self, fault: Fault, host: &mut H, claims: &C) -> Fault {
+    fn end<H: TargetHost<Memory = M>, C: Claims>(&mut self, fault: Fault, host: &mut H, claims: &C) -> Fault {
         let reason = in_words(&fault);
         tracing::warn!(reason, "incoming migration failed");
         if !matches!(fault, Fault::NotRunning(_)) {
@@ -207,4 +309,14 @@ impl<'a, L: Link> Driver<'a, L> {
         }
         fault
     }
+}
+
+/// This moment, after the frame that was received last.
+fn moment<'a, L: Link, M: GuestPages>(
+    around: &Reception<'a>,
+    channel: &Channel<'_, L>,
+    intake: Option<&Intake<M>>,
+) -> Moment<'a> {
+    let bytes = channel.bytes() + intake.map_or(0, Intake::further_bytes);
+    Moment { now: around.clock.now(), clock: around.clock, bytes, before: channel.received_before_last() }
 }

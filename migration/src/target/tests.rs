@@ -2,9 +2,9 @@
 
 use super::*;
 use crate::digest::TranscriptDigest;
-use crate::pair::world::{FakeHost, MemoryClaims, REGIONS, STATE, World};
+use crate::pair::world::{FakeHost, HostSide, MemoryClaims, REGIONS, STATE, World};
 use crate::region::{MAX_REGIONS, PAGE_SIZE, PageIndex, PageRun, RegionId};
-use crate::wire::{Kind, Mode, PageCode, PageRecord, Records, RoundEnd};
+use crate::wire::{Join, Kind, Mode, PageCode, PageRecord, Records, RoundEnd};
 use crate::{Clock, GuestPages, RamRegion};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -33,11 +33,11 @@ fn at() -> Moment<'static> {
 fn hello() -> Hello<'static> {
     let regions = REGIONS.to_vec();
     let (mode, machine) = (Mode::Stop, b"{}");
-    Hello { session: SESSION, vm: Uuid::nil(), mode, verify: false, build: "test", regions, machine }
+    Hello { session: SESSION, vm: Uuid::nil(), mode, verify: false, streams: 1, build: "test", regions, machine }
 }
 
 fn seal() -> Seal {
-    Seal { frames: BEFORE.frames, transcript: BEFORE.digest, memory: Vec::new() }
+    Seal { link: BEFORE, streams: Vec::new(), memory: Vec::new() }
 }
 
 fn record(region: u16, first: u64, pages: u32, code: PageCode) -> PageRecord {
@@ -46,7 +46,7 @@ fn record(region: u16, first: u64, pages: u32, code: PageCode) -> PageRecord {
 
 /// A target that has been sent some frames.
 struct Bench {
-    target: Option<Target>,
+    target: Option<Target<HostSide>>,
     host: FakeHost,
     claims: MemoryClaims,
 }
@@ -64,7 +64,11 @@ impl Bench {
     fn send(&mut self, frame: Frame<'_>) -> Result<Reply, Fault> {
         let target = self.target.take().expect("no fault so far");
         let (target, reply) = target.on_frame(frame, at(), &mut self.host, &self.claims)?;
-        self.target = Some(target);
+        self.target = Some(match target {
+            // There are no other streams.
+            Target::AwaitStreams(waiting) if waiting.is_over() => Target::Filling(waiting.round_done(at())?.0),
+            next => next,
+        });
         Ok(reply)
     }
 
@@ -94,6 +98,7 @@ fn frames(records: &[PageRecord]) -> Vec<Frame<'_>> {
         Frame::Query { session: SESSION, claims: Uuid::from_u128(99) },
         Frame::Verdict(Claim::Mine),
         Frame::Report(b"{}"),
+        Frame::Join(Join { session: SESSION, stream: 1 }),
     ]
 }
 
@@ -187,10 +192,10 @@ fn a_page_that_was_written_becomes_zero_again_and_its_neighbours_stay() {
     let mut bench = Bench::before(Kind::State);
     let run = |first, pages| PageRun { region: RegionId(0), first: PageIndex(first), pages };
     bench.send(Frame::Pages(Records::new(&[record(0, 4, 3, PageCode::Raw)]))).unwrap();
-    bench.host.slice(run(4, 3)).unwrap().copy_from(&[9_u8; 3 * PAGE_SIZE]);
+    bench.host.side().slice(run(4, 3)).unwrap().copy_from(&[9_u8; 3 * PAGE_SIZE]);
     bench.send(Frame::Pages(Records::new(&[record(0, 5, 1, PageCode::Zero)]))).unwrap();
     let mut bytes = vec![1_u8; 3 * PAGE_SIZE];
-    bench.host.slice(run(4, 3)).unwrap().copy_to(&mut bytes);
+    bench.host.side().slice(run(4, 3)).unwrap().copy_to(&mut bytes);
     let expected = [[9_u8; PAGE_SIZE], [0; PAGE_SIZE], [9; PAGE_SIZE]].concat();
     assert!(bytes == expected);
 }
@@ -208,12 +213,15 @@ fn an_account_that_differs_is_a_fault() {
         let mut bench = Bench::before(Kind::State);
         bench.send(Frame::Pages(Records::new(&pages))).unwrap();
         let result = bench.send(Frame::RoundEnd(told));
-        assert_eq!(matches!(result, Ok(Reply::RoundDone(_))), right, "{told:?}");
+        assert_eq!(matches!(result, Ok(Reply::Silence)), right, "{told:?}");
         assert!(right || matches!(result, Err(Fault::Differs { .. })));
     }
-    for wrong in
-        [Seal { frames: 5, ..seal() }, Seal { transcript: 78, ..seal() }, Seal { memory: vec![1, 2], ..seal() }]
-    {
+    for wrong in [
+        Seal { link: TranscriptDigest { frames: 5, ..BEFORE }, ..seal() },
+        Seal { link: TranscriptDigest { digest: 78, ..BEFORE }, ..seal() },
+        Seal { streams: vec![BEFORE], ..seal() },
+        Seal { memory: vec![1, 2], ..seal() },
+    ] {
         let mut bench = Bench::before(Kind::Seal);
         assert!(matches!(bench.send(Frame::Seal(wrong.clone())), Err(Fault::Differs { .. })), "{wrong:?}");
         assert!(bench.host.state.is_none(), "nothing was restored");

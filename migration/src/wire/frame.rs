@@ -3,7 +3,8 @@
 use super::cursor::Cursor;
 use super::header::{HEADER_BYTES, Header, Kind, finish};
 use super::pages::Records;
-use super::{FrameError, MAX_BUILD, MAX_MACHINE, MAX_REASON};
+use super::{FrameError, MAX_BUILD, MAX_MACHINE, MAX_REASON, MAX_STREAMS};
+use crate::digest::TranscriptDigest;
 use crate::guest::Claim;
 use crate::region::{MAX_REGION_PAGES, MAX_REGIONS, RamRegion};
 use serde::{Deserialize, Serialize};
@@ -70,6 +71,8 @@ pub enum Frame<'a> {
     Heartbeat,
     /// The source's report, in JSON.
     Report(&'a [u8]),
+    /// The first frame of one more stream.
+    Join(Join),
 }
 
 /// The offer.
@@ -83,6 +86,8 @@ pub struct Hello<'a> {
     pub mode: Mode,
     /// Whether `Seal` will hold digests of memory.
     pub verify: bool,
+    /// Over how many streams pages will come, this link included: 1 to [`MAX_STREAMS`].
+    pub streams: u16,
     /// The build of the source's engine.
     pub build: &'a str,
     /// The guest's memory, at most [`MAX_REGIONS`] pieces.
@@ -91,7 +96,16 @@ pub struct Hello<'a> {
     pub machine: &'a [u8],
 }
 
-/// What a pass over memory held.
+/// Which migration a stream belongs to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Join {
+    /// The migration session.
+    pub session: Uuid,
+    /// The stream's number, from 1. The link that the offer came over is number 0.
+    pub stream: u16,
+}
+
+/// What a pass over memory held, on the stream that says so; on the first stream, what it held on all of them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RoundEnd {
     /// The round, from 1.
@@ -114,10 +128,10 @@ pub struct Running {
 /// The source's account of all it has sent.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Seal {
-    /// How many frames came before.
-    pub frames: u64,
-    /// The digest of their headers and bodies, in order.
-    pub transcript: u64,
+    /// The frames on this link before.
+    pub link: TranscriptDigest,
+    /// The frames of each further stream, by number.
+    pub streams: Vec<TranscriptDigest>,
     /// The digest of each region's content, if `Hello` announced it; else empty.
     pub memory: Vec<u64>,
 }
@@ -131,7 +145,7 @@ struct WireHello {
     verify: u8,
     regions: U16,
     build_bytes: U16,
-    reserved: U16,
+    streams: U16,
     machine_bytes: U32,
 }
 
@@ -152,9 +166,16 @@ struct WireRoundEnd {
 
 #[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
-struct WireSeal {
+struct WireTranscript {
     frames: U64,
-    transcript: U64,
+    digest: U64,
+}
+
+#[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct WireJoin {
+    session: [u8; 16],
+    stream: U16,
 }
 
 #[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
@@ -168,7 +189,9 @@ pub(super) const HELLO_BYTES: usize = size_of::<WireHello>();
 pub(super) const MAX_REGION_BYTES: usize = MAX_REGIONS * size_of::<WireRegion>();
 pub(super) const ROUND_END_BYTES: usize = size_of::<WireRoundEnd>();
 pub(super) const RUNNING_BYTES: usize = size_of::<WireRunning>();
-pub(super) const MAX_SEAL_BYTES: usize = size_of::<WireSeal>() + MAX_REGIONS * size_of::<U64>();
+pub(super) const MAX_SEAL_BYTES: usize =
+    size_of::<U16>() + MAX_STREAMS as usize * size_of::<WireTranscript>() + MAX_REGIONS * size_of::<U64>();
+pub(super) const JOIN_BYTES: usize = size_of::<WireJoin>();
 
 impl<'a> Frame<'a> {
     /// The frame's kind.
@@ -190,6 +213,7 @@ impl<'a> Frame<'a> {
             Self::Abort { .. } => Kind::Abort,
             Self::Heartbeat => Kind::Heartbeat,
             Self::Report(_) => Kind::Report,
+            Self::Join(_) => Kind::Join,
         }
     }
 
@@ -212,9 +236,9 @@ impl<'a> Frame<'a> {
                 out.extend(WireRoundEnd { pages, zero_pages, round }.as_bytes());
             }
             Self::State(bytes) | Self::Report(bytes) => out.extend(*bytes),
-            Self::Seal(Seal { frames, transcript, memory }) => {
-                out.extend(WireSeal { frames: (*frames).into(), transcript: (*transcript).into() }.as_bytes());
-                out.extend(memory.iter().flat_map(|digest| digest.to_le_bytes()));
+            Self::Seal(seal) => seal.encode(out),
+            Self::Join(Join { session, stream }) => {
+                out.extend(WireJoin { session: *session.as_bytes(), stream: (*stream).into() }.as_bytes());
             }
             Self::Running(Running { restore, start }) => {
                 let wire = WireRunning { restore_us: micros(*restore).into(), start_us: micros(*start).into() };
@@ -270,6 +294,10 @@ impl<'a> Frame<'a> {
             Kind::Abort => Self::Abort { reason: cursor.text(cursor.left())? },
             Kind::Heartbeat => Self::Heartbeat,
             Kind::Report => Self::Report(cursor.bytes(cursor.left())?),
+            Kind::Join => {
+                let WireJoin { session, stream } = cursor.field()?;
+                Self::Join(Join { session: Uuid::from_bytes(*session), stream: stream.get() })
+            }
         };
         cursor.end()?;
         Ok(frame)
@@ -279,7 +307,7 @@ impl<'a> Frame<'a> {
 impl<'a> Hello<'a> {
     fn encode(&self, out: &mut Vec<u8>) {
         const BOUNDED: &str = "the engine bounds what it offers";
-        let Self { session, vm, mode, verify, build, regions, machine } = self;
+        let Self { session, vm, mode, verify, streams, build, regions, machine } = self;
         let fixed = WireHello {
             session: *session.as_bytes(),
             vm: *vm.as_bytes(),
@@ -290,7 +318,7 @@ impl<'a> Hello<'a> {
             verify: u8::from(*verify),
             regions: u16::try_from(regions.len()).expect(BOUNDED).into(),
             build_bytes: u16::try_from(build.len()).expect(BOUNDED).into(),
-            reserved: 0.into(),
+            streams: (*streams).into(),
             machine_bytes: u32::try_from(machine.len()).expect(BOUNDED).into(),
         };
         out.extend(fixed.as_bytes());
@@ -303,8 +331,7 @@ impl<'a> Hello<'a> {
 
     fn parse(cursor: &mut Cursor<'a>) -> Result<Self, FrameError> {
         let kind = Kind::Hello;
-        let WireHello { session, vm, mode, verify, regions, build_bytes, reserved: _, machine_bytes } =
-            cursor.field()?;
+        let WireHello { session, vm, mode, verify, regions, build_bytes, streams, machine_bytes } = cursor.field()?;
         let bounded = |what, found: u32, max: usize| {
             let length = FrameError::Length { what, kind, found: found.into(), max: max as u64 };
             if found as usize <= max { Ok(found as usize) } else { Err(length) }
@@ -320,12 +347,17 @@ impl<'a> Hello<'a> {
             1 => true,
             &found => return Err(value("The wish to verify", found)),
         };
+        let streams = streams.get();
+        if !(1..=MAX_STREAMS).contains(&streams) {
+            let (found, max) = (streams.into(), MAX_STREAMS.into());
+            return Err(FrameError::Length { what: "The number of streams", kind, found, max });
+        }
         let build = cursor.text(bounded("The build's name", build_bytes.get().into(), MAX_BUILD)?)?;
         let count = bounded("The number of regions", regions.get().into(), MAX_REGIONS)?;
         let regions = (0..count).map(|_| parse_region(cursor)).collect::<Result<_, _>>()?;
         let machine = cursor.bytes(bounded("The machine", machine_bytes.get(), MAX_MACHINE)?)?;
         let (session, vm) = (Uuid::from_bytes(*session), Uuid::from_bytes(*vm));
-        Ok(Self { session, vm, mode, verify, build, regions, machine })
+        Ok(Self { session, vm, mode, verify, streams, build, regions, machine })
     }
 }
 
@@ -342,13 +374,32 @@ fn micros(duration: Duration) -> u64 {
 }
 
 impl Seal {
+    fn encode(&self, out: &mut Vec<u8>) {
+        let Self { link, streams, memory } = self;
+        out.extend(U16::new(u16::try_from(streams.len()).expect("the engine bounds its streams")).as_bytes());
+        for TranscriptDigest { frames, digest } in [link].into_iter().chain(streams) {
+            out.extend(WireTranscript { frames: (*frames).into(), digest: (*digest).into() }.as_bytes());
+        }
+        out.extend(memory.iter().flat_map(|digest| digest.to_le_bytes()));
+    }
+
     fn parse(cursor: &mut Cursor<'_>) -> Result<Self, FrameError> {
-        let WireSeal { frames, transcript } = cursor.field()?;
-        let (frames, transcript) = (frames.get(), transcript.get());
+        let further = cursor.field::<U16>()?.get();
+        if further >= MAX_STREAMS {
+            let (found, max) = (further.into(), (MAX_STREAMS - 1).into());
+            return Err(FrameError::Length { what: "The number of streams", kind: Kind::Seal, found, max });
+        }
+        let link = parse_transcript(cursor)?;
+        let streams = (0..further).map(|_| parse_transcript(cursor)).collect::<Result<_, _>>()?;
         let mut memory = Vec::new();
         while cursor.left() > 0 {
             memory.push(cursor.field::<U64>()?.get());
         }
-        Ok(Self { frames, transcript, memory })
+        Ok(Self { link, streams, memory })
     }
+}
+
+fn parse_transcript(cursor: &mut Cursor<'_>) -> Result<TranscriptDigest, FrameError> {
+    let WireTranscript { frames, digest } = cursor.field()?;
+    Ok(TranscriptDigest { frames: frames.get(), digest: digest.get() })
 }

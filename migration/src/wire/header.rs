@@ -6,7 +6,7 @@ use zerocopy::little_endian::{U16, U32};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 /// The version of the protocol. One more for every change that an older end would misunderstand.
-pub const VERSION: u16 = 1;
+pub const VERSION: u16 = 2;
 
 /// "GWMG" as it stands in memory.
 const MAGIC: u32 = u32::from_le_bytes(*b"GWMG");
@@ -82,6 +82,8 @@ kinds! {
     Heartbeat = 14, at most 0;
     /// What the source knows of a migration that is over.
     Report = 15, at most MAX_REPORT;
+    /// One more stream of a migration.
+    Join = 16, at most frame::JOIN_BYTES;
 }
 
 impl Kind {

@@ -11,10 +11,11 @@
 //! | `Hello` | → | session, guest, memory and machine offered |
 //! | `Accept` | ← | the machine is built; who to ask in doubt |
 //! | `Refuse` | ← | no, in words |
+//! | `Join` | → | on a new link: one more stream of that session, for `Pages` and `RoundEnd` |
 //! | `Pages` | → | runs of zero pages, and runs whose bytes follow |
 //! | `RoundEnd` | → | what the round held |
 //! | `State` | → | the saved state of the paused guest |
-//! | `Seal` | → | digest of all frames before it, and of memory on request |
+//! | `Seal` | → | digest of all frames before it on each stream, and of memory on request |
 //! | `Ready` | ← | all restored, nothing runs |
 //! | `Go` | → | the guest is yours |
 //! | `Running` | ← | it runs here, and what that took |
@@ -34,11 +35,14 @@ mod pages;
 #[cfg(test)]
 mod tests;
 
-pub use frame::{Frame, Hello, Mode, RoundEnd, Running, Seal};
+pub use frame::{Frame, Hello, Join, Mode, RoundEnd, Running, Seal};
 pub use header::{HEADER_BYTES, Header, Kind, VERSION};
 pub use pages::{MAX_PAGES, MAX_RAW_PAGES, MAX_RECORDS, PageCode, PageRecord, Records};
 
 use thiserror::Error;
+
+/// The most streams of one migration.
+pub const MAX_STREAMS: u16 = 64;
 
 /// The longest description of a machine, in bytes of JSON.
 pub const MAX_MACHINE: usize = 1 << 20;

@@ -2,6 +2,7 @@
 
 use super::frame::HELLO_BYTES;
 use super::*;
+use crate::digest::TranscriptDigest;
 use crate::guest::Claim;
 use crate::region::{MAX_REGION_PAGES, MAX_REGIONS, PageIndex, PageRun, RamRegion, RegionId};
 use proptest::prelude::*;
@@ -19,6 +20,7 @@ fn hello() -> Hello<'static> {
         vm: Uuid::from_u128(0x1112_1314_1516_1718_191a_1b1c_1d1e_1f20),
         mode: Mode::Live,
         verify: true,
+        streams: 3,
         build: "godwit 0",
         regions: vec![RamRegion { start: GuestAddress(1 << 32), pages: 258 }],
         machine: b"{}",
@@ -59,7 +61,7 @@ fn all<'a>(records: &'a [PageRecord]) -> Vec<Frame<'a>> {
         Frame::Pages(Records::new(records)),
         Frame::RoundEnd(RoundEnd { round: 2, pages: 771, zero_pages: 2 }),
         Frame::State(b"state"),
-        Frame::Seal(Seal { frames: 9, transcript: 0x0807_0605_0403_0201, memory: vec![5, 6] }),
+        Frame::Seal(seal()),
         Frame::Ready,
         Frame::Go,
         Frame::Running(Running { restore: Duration::from_micros(3), start: Duration::from_micros(0x0201) }),
@@ -69,34 +71,41 @@ fn all<'a>(records: &'a [PageRecord]) -> Vec<Frame<'a>> {
         Frame::Abort { reason: "cancelled" },
         Frame::Heartbeat,
         Frame::Report(b"{}"),
+        Frame::Join(Join { session: Uuid::from_u128(1), stream: 0x0201 }),
     ]
+}
+
+fn seal() -> Seal {
+    let transcript = |frames, digest| TranscriptDigest { frames, digest };
+    Seal { link: transcript(9, 0x0807_0605_0403_0201), streams: vec![transcript(3, 4)], memory: vec![5, 6] }
 }
 
 fn records() -> [PageRecord; 2] {
     [record(1, 0x0201, 3, PageCode::Raw), record(0, 7, 0x102, PageCode::Zero)]
 }
 
-/// The bytes of version 1, made by another program from the description of the format: magic, version, kind, length,
+/// The bytes of version 2, made by another program from the description of the format: magic, version, kind, length,
 /// checksum, then the body in groups of 16. A change here is a new version of the protocol.
 #[test]
 fn golden_bytes() {
     let expected = [
-        "47574d47 0100 0100 46000000 15392715 0102030405060708090a0b0c0d0e0f10 1112131415161718191a1b1c1d1e1f20 010101000800000002000000676f6477 69742030000000000100000002010000 000000007b7d",
-        "47574d47 0100 0200 10000000 059ab392 00000000000000000000000000000003",
-        "47574d47 0100 0300 07000000 7bd37d97 6e6f20726f6f6d",
-        "47574d47 0100 0400 20000000 de4c1418 01020000000000000300000001000000 07000000000000000201000000000100",
-        "47574d47 0100 0500 14000000 73813ebe 03030000000000000200000000000000 02000000",
-        "47574d47 0100 0600 05000000 f88a489c 7374617465",
-        "47574d47 0100 0700 20000000 59ffdaa9 09000000000000000102030405060708 05000000000000000600000000000000",
-        "47574d47 0100 0800 00000000 f859bbb1",
-        "47574d47 0100 0900 00000000 e1328b5e",
-        "47574d47 0100 0a00 10000000 f7b556e0 03000000000000000102000000000000",
-        "47574d47 0100 0b00 20000000 60ccf580 00000000000000000000000000000001 00000000000000000000000000000003",
-        "47574d47 0100 0c00 01000000 ccf6e144 01",
-        "47574d47 0100 0c00 01000000 cf758ab6 00",
-        "47574d47 0100 0d00 09000000 39d20264 63616e63656c6c6564",
-        "47574d47 0100 0e00 00000000 4ccec2d8",
-        "47574d47 0100 0f00 02000000 0f28b7f8 7b7d",
+        "47574d47 0200 0100 46000000 27968f91 0102030405060708090a0b0c0d0e0f10 1112131415161718191a1b1c1d1e1f20 010101000800030002000000676f6477 69742030000000000100000002010000 000000007b7d",
+        "47574d47 0200 0200 10000000 66ab8f59 00000000000000000000000000000003",
+        "47574d47 0200 0300 07000000 78d4ee3f 6e6f20726f6f6d",
+        "47574d47 0200 0400 20000000 5205b87b 01020000000000000300000001000000 07000000000000000201000000000100",
+        "47574d47 0200 0500 14000000 de6aec5d 03030000000000000200000000000000 02000000",
+        "47574d47 0200 0600 05000000 57c23ecd 7374617465",
+        "47574d47 0200 0700 32000000 82730c63 01000900000000000000010203040506 07080300000000000000040000000000 00000500000000000000060000000000 0000",
+        "47574d47 0200 0800 00000000 91deff6a",
+        "47574d47 0200 0900 00000000 88b5cf85",
+        "47574d47 0200 0a00 10000000 94846a2b 03000000000000000102000000000000",
+        "47574d47 0200 0b00 20000000 ec8559e3 00000000000000000000000000000001 00000000000000000000000000000003",
+        "47574d47 0200 0c00 01000000 e5fa4e5d 01",
+        "47574d47 0200 0c00 01000000 e67925af 00",
+        "47574d47 0200 0d00 09000000 d8b62f84 63616e63656c6c6564",
+        "47574d47 0200 0e00 00000000 25498603",
+        "47574d47 0200 0f00 02000000 11d2a1a0 7b7d",
+        "47574d47 0200 1000 12000000 87d4f5d2 00000000000000000000000000000001 0102",
     ];
     for (frame, expected) in all(&records()).iter().zip(expected) {
         let found: String = bytes(frame).iter().map(|byte| format!("{byte:02x}")).collect();
@@ -138,7 +147,8 @@ fn every_body_of_another_length_is_refused() {
         for length in 0..whole.len() - HEADER_BYTES {
             let cut = raw(VERSION, kind as u16, &whole[HEADER_BYTES..HEADER_BYTES + length]);
             let whole_records = kind == Kind::Pages && length % 16 == 0;
-            let whole_digests = kind == Kind::Seal && length >= 16 && length % 8 == 0;
+            // The number of further streams, and two transcripts; then digests of memory.
+            let whole_digests = kind == Kind::Seal && length >= 34 && (length - 34) % 8 == 0;
             assert_eq!(parse(&cut).is_ok(), whole_records || whole_digests, "{kind} of {length}");
         }
         let longer = [&whole[HEADER_BYTES..], b"x"].concat();
@@ -149,8 +159,8 @@ fn every_body_of_another_length_is_refused() {
 #[test]
 fn strangers_and_other_versions_are_told_apart() {
     assert_eq!(parse(b"GET / HTTP/1.1\r\n\r\n"), Err(FrameError::NotOurs { found: u32::from_le_bytes(*b"GET ") }));
-    assert_eq!(parse(&raw(2, 1, &[])), Err(FrameError::Version { found: 2 }));
-    assert_eq!(parse(&raw(2, 77, &[])), Err(FrameError::Version { found: 2 }));
+    assert_eq!(parse(&raw(3, 1, &[])), Err(FrameError::Version { found: 3 }));
+    assert_eq!(parse(&raw(1, 77, &[])), Err(FrameError::Version { found: 1 }));
     assert_eq!(parse(&raw(VERSION, 77, &[])), Err(FrameError::Kind { found: 77 }));
     assert_eq!(parse(&raw(VERSION, 0, &[])), Err(FrameError::Kind { found: 0 }));
     for (kind, frame) in [(3, Frame::Refuse { reason: "too new" }), (13, Frame::Abort { reason: "too new" })] {
@@ -234,7 +244,7 @@ proptest! {
 
     #[test]
     fn any_body_is_parsed_without_panic(
-        kind in 0_u16..17,
+        kind in 0_u16..18,
         body in prop::collection::vec(prop_oneof![Just(0_u8), Just(1), any::<u8>()], 0..600),
     ) {
         if body.len() <= Kind::ALL.iter().find(|&&known| known as u16 == kind).map_or(600, |known| known.max_body()) {
@@ -245,7 +255,7 @@ proptest! {
     #[test]
     fn any_hello_is_read_as_it_was_written(
         (session, vm) in any::<(u128, u128)>(),
-        (live, verify) in any::<(bool, bool)>(),
+        (live, verify, streams) in (any::<bool>(), any::<bool>(), 1..=MAX_STREAMS),
         build in "[ -~]{0,64}",
         regions in prop::collection::vec((any::<u64>(), 0..=MAX_REGION_PAGES), 0..=MAX_REGIONS),
         machine in prop::collection::vec(any::<u8>(), 0..300),
@@ -253,7 +263,7 @@ proptest! {
         let regions = regions.into_iter().map(|(start, pages)| RamRegion { start: GuestAddress(start), pages }).collect();
         let mode = if live { Mode::Live } else { Mode::Stop };
         let (session, vm) = (Uuid::from_u128(session), Uuid::from_u128(vm));
-        let hello = Hello { session, vm, mode, verify, build: &build, regions, machine: &machine };
+        let hello = Hello { session, vm, mode, verify, streams, build: &build, regions, machine: &machine };
         let frame = Frame::Hello(hello);
         let written = bytes(&frame);
         prop_assert_eq!(parse(&written), Ok(frame));
@@ -262,12 +272,15 @@ proptest! {
     #[test]
     fn any_round_end_and_seal_are_read_as_they_were_written(
         (round, pages, zero_pages) in any::<(u32, u64, u64)>(),
-        (frames, transcript) in any::<(u64, u64)>(),
+        transcripts in prop::collection::vec(any::<(u64, u64)>(), 1..=usize::from(MAX_STREAMS)),
         memory in prop::collection::vec(any::<u64>(), 0..=MAX_REGIONS),
     ) {
+        let transcript = |(frames, digest): (u64, u64)| TranscriptDigest { frames, digest };
+        let mut transcripts = transcripts.into_iter().map(transcript);
+        let (link, streams) = (transcripts.next().unwrap(), transcripts.collect());
         for frame in [
             Frame::RoundEnd(RoundEnd { round, pages, zero_pages }),
-            Frame::Seal(Seal { frames, transcript, memory }),
+            Frame::Seal(Seal { link, streams, memory }),
         ] {
             let written = bytes(&frame);
             prop_assert_eq!(parse(&written), Ok(frame));

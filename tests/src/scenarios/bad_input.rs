@@ -83,6 +83,10 @@ fn machines(context: &Context) -> Result<()> {
         refused_machine(context, options, USAGE, parts)?;
     }
     refused(context, &["fly"], USAGE, &["fly"])?;
+    for streams in ["0", "65", "many"] {
+        let parts = [&*format!("{streams} streams: give it 1 to 64")];
+        refused(context, &["migrate", "--to=unix:/x", &format!("--streams={streams}")], USAGE, &parts)?;
+    }
     refused(context, &["run"], USAGE, &["--kernel"])?;
     kernels(context)?;
     sockets(context)

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use control::{MigrationMode, MigrationRole, MigrationStatus, MigrationStep, Phase};
+use control::{MigrationMode, MigrationRole, MigrationStatus, MigrationStep, Phase, StartMigration, Streams};
 use guest_images::micro::Line;
 use verifier::net::Client;
 
@@ -16,12 +16,15 @@ use crate::traveller::Traveller;
 /// How long an answer over the guest's TCP connection may take: the downtime, and TCP's patience with a lost packet.
 const CONNECTION_PATIENCE: Duration = Duration::from_secs(30);
 
+/// What the largest guest boots with: many more pages than it writes meanwhile.
+const CONTENT_PAGES: usize = 16 << 10;
+
 const BOTH: [MigrationMode; 2] = [MigrationMode::Live, MigrationMode::Stop];
 
 /// See its `about`.
 pub(super) const MICRO: Scenario = Scenario {
     name: "migrate-micro",
-    about: "The micro guest is moved 21 times, live and stopped, by Unix socket and TCP, with each dirty tracker; no page is wrong",
+    about: "The micro guest is moved 21 times, live and stopped, by Unix socket and TCP, over 1 to 64 streams, with each dirty tracker; no page is wrong",
     needs: Needs::Kvm,
     timeout: Duration::from_secs(120),
     run: |context| micro(context, 20),
@@ -30,7 +33,7 @@ pub(super) const MICRO: Scenario = Scenario {
 /// See its `about`.
 pub(super) const MICRO_TWO_REGIONS: Scenario = Scenario {
     name: "migrate-micro-above-the-gap",
-    about: "A guest of 5 GiB, which has two memory regions, is moved live and stopped",
+    about: "A guest of 5 GiB, which has two memory regions, is moved live and stopped; what it booted with is sent once",
     needs: Needs::Kvm,
     timeout: Duration::from_secs(60),
     run: two_regions,
@@ -81,8 +84,15 @@ fn micro(context: &Context, moves: usize) -> Result<()> {
             _ => Godwit::receive_at(context, &name, "tcp://[::1]:0", &[tracker])?,
         };
         let next = target.console()?;
-        let status = godwit.migrate(&target, BOTH[stop % 2], Duration::from_secs(30))?;
-        println!("move {stop}: {:?}, {} rounds, downtime {:?}", status.mode, status.rounds.len(), status.downtime_ms);
+        let (mode, streams) = (BOTH[stop % 2], Streams::try_from([1, 2, 5, 64][stop / 2 % 4])?);
+        let order = StartMigration { mode, streams, ..StartMigration::new(target.address()) };
+        let status = godwit.migrate_as(order, &target, Duration::from_secs(30))?;
+        println!(
+            "move {stop}: {mode:?} over {} streams, {} rounds, downtime {:?}",
+            u16::from(streams),
+            status.rounds.len(),
+            status.downtime_ms
+        );
         (godwit, console) = (target, next);
     }
     let target = told_alike(context, godwit)?;
@@ -140,12 +150,18 @@ pub(super) fn verify_micro(godwit: Godwit, mut console: Console) -> Result<()> {
 
 fn two_regions(context: &Context) -> Result<()> {
     let kernel = context.images.join("micro.elf").display().to_string();
-    let machine = ["--kernel", &kernel, "--cmdline", "ws=16M rate=5000 tick=20", "--memory=5G"];
+    let content = context.work.join("content");
+    std::fs::write(&content, vec![0x5a; CONTENT_PAGES * 4096])?;
+    let content = content.display().to_string();
+    let words = "ws=16M rate=5000 tick=20 content";
+    let machine = ["--kernel", &kernel, "--initramfs", &content, "--cmdline", words, "--memory=5G"];
     let mut godwit = Godwit::run(context, "stop0", &machine)?;
     godwit.await_phase(Phase::Running)?;
     for (stop, mode) in [(1, MigrationMode::Live), (2, MigrationMode::Stop)] {
         let target = Godwit::receive(context, &format!("stop{stop}"), &[])?;
-        godwit.migrate(&target, mode, Duration::from_secs(30))?;
+        let status = godwit.migrate(&target, mode, Duration::from_secs(30))?;
+        let again = status.rounds.first().map_or(0, |round| round.dirty_pages);
+        ensure!(again < CONTENT_PAGES as u64, "After the first round {again} pages are to be sent again");
         godwit = target;
     }
     let mut console = godwit.console()?;

@@ -278,11 +278,13 @@ impl Machine {
         Ok((machine.restore(SavedState::decode(&state)?, cpu)?, bytes))
     }
 
-    /// Starts to log the pages that anyone changes.
+    /// Starts to log the pages that anyone changes from now on. What this process wrote before, such as kernel and
+    /// initramfs, is no change.
     ///
     /// # Errors
     /// [`MachineError`] if KVM or an accelerator refuses.
     pub fn start_dirty_log(&self) -> Result<(), MachineError> {
+        self.memory().forget_writes();
         self.chassis.tracker.start()?;
         self.fittings.each().try_for_each(|device| device.log_dirty(true)).map_err(MachineError::from)
     }

@@ -48,26 +48,52 @@ pub enum AddressUseError {
     Socket(#[from] SocketError),
 }
 
+/// A connection to a target.
+#[derive(Debug)]
+pub struct Dialled {
+    /// The connection.
+    pub link: SocketLink,
+    /// Where it goes, without a name that may stand for several hosts: so that one more goes there, too.
+    pub exactly: PeerAddress,
+}
+
 /// Connects to the Godwit that waits at `address`.
 ///
 /// # Errors
 /// [`AddressUseError`], with what to do.
-pub fn dial(address: &PeerAddress) -> Result<SocketLink, AddressUseError> {
+pub fn dial(address: &PeerAddress) -> Result<Dialled, AddressUseError> {
     let unreachable = |source| AddressUseError::Unreachable { address: address.clone(), source };
     match address {
-        PeerAddress::Unix(path) => UnixStream::connect(path).map(SocketLink::from).map_err(unreachable),
+        PeerAddress::Unix(path) => {
+            let link = UnixStream::connect(path).map_err(unreachable)?.into();
+            Ok(Dialled { link, exactly: address.clone() })
+        }
         PeerAddress::Tcp { host, port } => {
             let unknown = || AddressUseError::UnknownHost { address: address.clone() };
             let mut last = unknown();
             for candidate in (host.as_str(), *port).to_socket_addrs().map_err(|_| unknown())? {
                 match TcpStream::connect_timeout(&candidate, DIAL_WITHIN).and_then(SocketLink::try_from) {
-                    Ok(link) => return Ok(link),
+                    Ok(link) => {
+                        let exactly = PeerAddress::Tcp { host: candidate.ip().to_string(), port: candidate.port() };
+                        return Ok(Dialled { link, exactly });
+                    }
                     Err(source) => last = unreachable(source),
                 }
             }
             Err(last)
         }
     }
+}
+
+/// Who came to a [`Listener`].
+#[derive(Debug)]
+pub enum Accepted {
+    /// A link.
+    Link(SocketLink),
+    /// Nobody, in the time given.
+    Nobody,
+    /// Nobody will: the listener was ended.
+    Ended,
 }
 
 /// A place where sources can connect. A Unix socket's file goes when this is dropped.
@@ -119,13 +145,30 @@ impl Listener {
     /// The host's refusal.
     pub fn accept(&self) -> io::Result<Option<SocketLink>> {
         loop {
+            match self.accept_within(ACCEPT_WAIT)? {
+                Accepted::Nobody => {}
+                Accepted::Link(link) => return Ok(Some(link)),
+                Accepted::Ended => return Ok(None),
+            }
+        }
+    }
+
+    /// Waits for a link for at most `limit`.
+    ///
+    /// # Errors
+    /// The host's refusal.
+    pub fn accept_within(&self, limit: Duration) -> io::Result<Accepted> {
+        loop {
             let socket = match &self.socket {
                 Socket::Tcp(listener) => listener.as_raw_fd(),
                 Socket::Unix(socket) => socket.listener().as_raw_fd(),
             };
-            let [_, ended] = poll([(socket, libc::POLLIN), (self.end.as_raw_fd(), libc::POLLIN)], ACCEPT_WAIT)?;
+            let [came, ended] = poll([(socket, libc::POLLIN), (self.end.as_raw_fd(), libc::POLLIN)], limit)?;
             if ended {
-                return Ok(None);
+                return Ok(Accepted::Ended);
+            }
+            if !came {
+                return Ok(Accepted::Nobody);
             }
             let accepted = match &self.socket {
                 Socket::Tcp(listener) => listener.accept().and_then(|(stream, _)| SocketLink::try_from(stream)),
@@ -133,7 +176,7 @@ impl Listener {
             };
             match accepted {
                 Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::ConnectionAborted) => {}
-                accepted => return accepted.map(Some),
+                accepted => return accepted.map(Accepted::Link),
             }
         }
     }
@@ -148,11 +191,12 @@ impl Listener {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use migration::Link;
+    use migration::{Cutter, Link};
 
     fn meets(address: &str) {
         let listener = Listener::bind(&address.parse().unwrap()).unwrap();
-        let mut near = dial(&listener.address()).unwrap();
+        let Dialled { link: mut near, exactly } = dial(&listener.address()).unwrap();
+        assert_eq!(exactly, listener.address());
         let mut far = listener.accept().unwrap().unwrap();
         near.send(b"x", &[]).unwrap();
         let mut byte = [0];

@@ -5,13 +5,12 @@ use crate::config::{ConfigError, HostLimits, HostResources, MachineConfig};
 use crate::cpuid::{self, GuestCpu};
 use crate::kvm::KvmHost;
 use crate::machine::{DiskLocks, EmptyMachine, Machine, MachineError, NoticeListener, Resources, SerialLine};
-use crate::memory::MemoryError;
-use migration::{GuestPages, Offer, PageRun, RamRegion, Refusal, TargetHost, in_words};
+use crate::memory::GuestMemory;
+use migration::{Offer, RamRegion, Refusal, TargetHost, in_words};
 use saved::{SavedError, SavedState};
 use std::fmt;
 use std::sync::Arc;
 use thiserror::Error;
-use vm_memory::VolatileSlice;
 
 /// Why the machine does not come to life here.
 #[derive(Debug, Error)]
@@ -19,9 +18,6 @@ pub enum ArriveError {
     /// The machine.
     #[error(transparent)]
     Machine(#[from] MachineError),
-    /// Its memory.
-    #[error(transparent)]
-    Memory(#[from] MemoryError),
     /// The saved state is malformed.
     #[error(transparent)]
     Saved(#[from] SavedError),
@@ -95,7 +91,7 @@ impl Arriving {
         }
     }
 
-    fn build(&mut self, offer: &Offer<'_>) -> Result<Stage, Unsuited> {
+    fn build(&mut self, offer: &Offer<'_>) -> Result<(Stage, GuestMemory), Unsuited> {
         let MachineOffer { machine, cpu, running } = serde_json::from_slice(offer.machine)?;
         let config = machine.with_host_resources(&self.resources)?;
         config.validate()?;
@@ -110,34 +106,19 @@ impl Arriving {
         if machine.memory().regions() != offer.regions {
             return Err(Unsuited::Regions { bytes });
         }
-        Ok(Stage::Empty { machine: Box::new(machine), cpu, running })
-    }
-}
-
-impl GuestPages for Arriving {
-    type Error = ArriveError;
-
-    fn slice(&self, run: PageRun) -> Result<VolatileSlice<'_>, ArriveError> {
-        match &self.stage {
-            Stage::Nothing => Err(ArriveError::NothingHere),
-            Stage::Empty { machine, .. } => Ok(machine.memory().untracked_slice(run)?),
-            Stage::Restored { machine, .. } => Ok(machine.memory().untracked_slice(run)?),
-        }
-    }
-
-    fn leading_hole(&self, run: PageRun) -> u32 {
-        match &self.stage {
-            Stage::Nothing => 0,
-            Stage::Empty { machine, .. } => machine.memory().leading_hole(run),
-            Stage::Restored { machine, .. } => machine.memory().leading_hole(run),
-        }
+        let memory = machine.memory().clone();
+        Ok((Stage::Empty { machine: Box::new(machine), cpu, running }, memory))
     }
 }
 
 impl TargetHost for Arriving {
-    fn prepare(&mut self, offer: &Offer<'_>) -> Result<(), Refusal> {
-        self.stage = self.build(offer).map_err(|error| Refusal::new(in_words(&error)))?;
-        Ok(())
+    type Error = ArriveError;
+    type Memory = GuestMemory;
+
+    fn prepare(&mut self, offer: &Offer<'_>) -> Result<GuestMemory, Refusal> {
+        let (stage, memory) = self.build(offer).map_err(|error| Refusal::new(in_words(&error)))?;
+        self.stage = stage;
+        Ok(memory)
     }
 
     fn regions(&self) -> Vec<RamRegion> {

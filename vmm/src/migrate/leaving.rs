@@ -3,12 +3,11 @@
 use super::offer::MachineOffer;
 use super::ownership::{Owner, Ownership, OwnershipError};
 use crate::machine::{Machine, MachineError};
-use crate::memory::MemoryError;
+use crate::memory::GuestMemory;
 use control::PeerAddress;
-use migration::{Description, DirtyLedger, GuestPages, PageRun, SourceGuest};
+use migration::{Description, DirtyLedger, SourceGuest};
 use thiserror::Error;
 use uuid::Uuid;
-use vm_memory::VolatileSlice;
 
 /// Why the machine does not go.
 #[derive(Debug, Error)]
@@ -16,9 +15,6 @@ pub enum LeaveError {
     /// The machine.
     #[error(transparent)]
     Machine(#[from] MachineError),
-    /// Its memory.
-    #[error(transparent)]
-    Memory(#[from] MemoryError),
     /// The record of who owns the guest.
     #[error(transparent)]
     Ownership(#[from] OwnershipError),
@@ -56,19 +52,14 @@ impl Leaving {
     }
 }
 
-impl GuestPages for Leaving {
-    type Error = LeaveError;
-
-    fn slice(&self, run: PageRun) -> Result<VolatileSlice<'_>, LeaveError> {
-        Ok(self.machine.memory().untracked_slice(run)?)
-    }
-
-    fn leading_hole(&self, run: PageRun) -> u32 {
-        self.machine.memory().leading_hole(run)
-    }
-}
-
 impl SourceGuest for Leaving {
+    type Error = LeaveError;
+    type Memory = GuestMemory;
+
+    fn memory(&self) -> GuestMemory {
+        self.machine.memory().clone()
+    }
+
     fn describe(&self) -> Result<Description, LeaveError> {
         let offer = MachineOffer {
             machine: self.machine.config().clone(),

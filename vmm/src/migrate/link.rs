@@ -6,7 +6,7 @@
 
 #![expect(unsafe_code, reason = "scatter and gather I/O on guest memory, and socket options, take raw pointers")]
 
-use migration::{Link, LinkError};
+use migration::{Cutter, Link, LinkError};
 use std::io;
 use std::net::TcpStream;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
@@ -105,25 +105,16 @@ impl SocketLink {
     fn poll(&self, events: libc::c_short, limit: Duration) -> io::Result<bool> {
         Ok(poll([(self.socket.as_raw_fd(), events)], limit)?[0])
     }
-
-    /// A handle by which another thread can end the connection under this link's feet.
-    ///
-    /// # Errors
-    /// If the host has no descriptor for it.
-    pub fn cutter(&self) -> io::Result<Cutter> {
-        Ok(Cutter { socket: self.socket.try_clone()? })
-    }
 }
 
 /// Ends the connection of a link that another thread may be waiting on.
 #[derive(Debug)]
-pub struct Cutter {
+pub struct SocketCutter {
     socket: OwnedFd,
 }
 
-impl Cutter {
-    /// Ends it: every send and receive fails from now on, also those under way.
-    pub fn cut(&self) {
+impl Cutter for SocketCutter {
+    fn cut(&self) {
         // SAFETY: shutdown works on the descriptor, which is open, and on no memory. It fails only where the connection
         // has ended already.
         unsafe { libc::shutdown(self.socket.as_raw_fd(), libc::SHUT_RDWR) };
@@ -168,6 +159,12 @@ fn buffer_of(slice: &VolatileSlice<'_>) -> libc::iovec {
 }
 
 impl Link for SocketLink {
+    type Cutter = SocketCutter;
+
+    fn cutter(&self) -> io::Result<SocketCutter> {
+        Ok(SocketCutter { socket: self.socket.try_clone()? })
+    }
+
     fn send(&mut self, head: &[u8], payload: &[VolatileSlice<'_>]) -> Result<(), LinkError> {
         let head = libc::iovec { iov_base: head.as_ptr().cast_mut().cast(), iov_len: head.len() };
         let mut buffers: Vec<_> = std::iter::once(head).chain(payload.iter().map(buffer_of)).collect();

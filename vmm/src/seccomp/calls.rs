@@ -159,6 +159,11 @@ impl Permits {
         self.call_if(SYS_clone, thread).calls(&[SYS_clone3, SYS_prlimit64])
     }
 
+    /// Threads that put filters of their own on.
+    fn confined_threads(self) -> Self {
+        self.threads().call_if(SYS_prctl, equal(0, prctl(libc::PR_SET_NO_NEW_PRIVS))).calls(&[SYS_seccomp])
+    }
+
     /// A device that a driver starts or stops, on a vCPU's thread, a worker's or a leader's.
     fn device_start(self) -> Self {
         self.ioctls_of_type(VHOST).ioctls(&[libc::TUNSETOFFLOAD]).calls(&[
@@ -245,22 +250,31 @@ impl Permits {
 
     /// Making a machine: VM, memory, taps, threads and their filters.
     fn building(self) -> Self {
-        self.threads()
-            .call_if(SYS_prctl, equal(0, prctl(libc::PR_SET_NO_NEW_PRIVS)))
+        self.confined_threads()
             // The signal that kicks vCPUs; see `vcpu::kick`.
             .call_if(SYS_rt_sigaction, equal(0, libc::SIGRTMIN().unsigned_abs().into()))
-            .calls(&[SYS_seccomp, SYS_memfd_create, SYS_timerfd_create, SYS_epoll_create1])
+            .calls(&[SYS_memfd_create, SYS_timerfd_create, SYS_epoll_create1])
             .call_if(SYS_socket, equal(0, libc::AF_UNIX.unsigned_abs().into()))
             .ioctls(&[libc::SIOCGIFINDEX, libc::SIOCGIFFLAGS, libc::SIOCSIFFLAGS])
             .ioctls(&[libc::TUNSETIFF, libc::TUNSETVNETHDRSZ, libc::TUNGETFEATURES])
     }
 
     pub(super) fn migrate_source() -> Self {
-        Self::leading().dialling()
+        Self::leading().dialling().confined_threads()
     }
 
     pub(super) fn migrate_target() -> Self {
         Self::leading().building()
+    }
+
+    /// The door of a target's streams, too: it lets links in, and starts a thread for each.
+    pub(super) fn migrate_stream() -> Self {
+        Self::of_any_thread()
+            .plain_mappings()
+            .clients()
+            .confined_threads()
+            .calls(&[SYS_lseek, SYS_setsockopt])
+            .ioctls(&[libc::TIOCOUTQ])
     }
 
     pub(super) fn service() -> Self {

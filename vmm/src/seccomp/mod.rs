@@ -11,8 +11,9 @@
 //! | `worker` | epoll; disk reads, writes, holes; frames; vhost, tap offloads, timers | devices |
 //! | `console` | epoll; accept and hear clients; remove its socket; terminal modes | the serial line's other end |
 //! | `api` | epoll; accept and talk on sockets; start its helper threads | the HTTP server |
-//! | `migrate-source` | all of `vcpu`, `worker` and `console`; any KVM call; dial, ask for a name's address; files | leads a machine, writes the ownership record |
+//! | `migrate-source` | all of `vcpu`, `worker` and `console`; any KVM call; dial, ask for a name's address; files; threads | leads a machine, writes the ownership record |
 //! | `migrate-target` | the same but for dialling; accept; make a VM, memory, taps and threads | builds a machine |
+//! | `migrate-stream` | talk on sockets; accept; find holes in memory; threads | one stream of a migration; the door that they come through |
 //! | `service` | all of both migrations; take boot files and sockets away | leads, resets and pulses machines |
 //! | `signals` | read its socket | waits for SIGTERM |
 //!
@@ -87,6 +88,8 @@ pub enum ThreadKind {
     MigrateSource,
     /// Takes guests in.
     MigrateTarget,
+    /// Moves pages over one stream of a migration, or lets streams in.
+    MigrateStream,
     /// The main thread, once everything has been started.
     Service,
     /// Waits for signals.
@@ -94,13 +97,14 @@ pub enum ThreadKind {
 }
 
 impl ThreadKind {
-    const ALL: [Self; 8] = [
+    const ALL: [Self; 9] = [
         Self::Vcpu,
         Self::Worker,
         Self::Console,
         Self::Api,
         Self::MigrateSource,
         Self::MigrateTarget,
+        Self::MigrateStream,
         Self::Service,
         Self::Signals,
     ];
@@ -113,6 +117,7 @@ impl ThreadKind {
             Self::Api => Permits::api(),
             Self::MigrateSource => Permits::migrate_source(),
             Self::MigrateTarget => Permits::migrate_target(),
+            Self::MigrateStream => Permits::migrate_stream(),
             Self::Service => Permits::service(),
             Self::Signals => Permits::signals(),
         }
@@ -122,7 +127,7 @@ impl ThreadKind {
     fn declines(self) -> Option<Permits> {
         match self {
             Self::Vcpu | Self::Worker | Self::Console | Self::Signals => None,
-            Self::Api => Some(Permits::unseen_clones()),
+            Self::Api | Self::MigrateStream => Some(Permits::unseen_clones()),
             Self::MigrateSource | Self::MigrateTarget | Self::Service => {
                 Some(Permits::unseen_clones().and(Permits::executable_mappings()))
             }

@@ -7,23 +7,24 @@ use super::watcher::{Watcher, begun, post_failure, post_report};
 use crate::config::{HostResources, MachineConfig};
 use crate::kvm::KvmHost;
 use crate::machine::{Machine, NoticeListener, SerialLine};
-use crate::migrate::address::{AddressUseError, Listener};
+use crate::memory::GuestMemory;
+use crate::migrate::address::{Accepted, AddressUseError, Listener};
 use crate::migrate::arriving::Arriving;
 use crate::migrate::claims::ClaimRecord;
-use crate::migrate::link::{Cutter, SocketLink};
+use crate::migrate::link::{SocketCutter, SocketLink};
 use crate::seccomp::{self, ThreadKind};
 use control::{
     JobId, MigrationMode, MigrationRole, MigrationState, MigrationStatus, MigrationStep, PeerAddress, Phase,
 };
+use migration::target::Further;
 use migration::{
-    Arrival, Fault, GuestPages, HostClock, Mode, Observer, Offer, PageRun, Progress, RamRegion, Reception, Refusal,
+    Arrival, Cutter, Fault, HostClock, Link, LinkError, Mode, Observer, Offer, Progress, RamRegion, Reception, Refusal,
     TargetHost, Unobserved, in_words, target,
 };
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
-use vm_memory::VolatileSlice;
 
 /// How long a source may be silent.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -48,7 +49,7 @@ pub(crate) struct Incoming {
 #[derive(Debug)]
 struct Desk {
     listener: Listener,
-    link: Mutex<Option<Cutter>>,
+    link: Mutex<Option<SocketCutter>>,
 }
 
 impl Desk {
@@ -56,6 +57,24 @@ impl Desk {
         if let Some(cutter) = &*self.link.lock().unwrap_or_else(PoisonError::into_inner) {
             cutter.cut();
         }
+    }
+
+    /// Serves one link, with whatever links come to it.
+    fn receive<H: TargetHost>(
+        &self,
+        link: &mut SocketLink,
+        host: &mut H,
+        claims: &ClaimRecord,
+        observer: &mut dyn Observer,
+    ) -> Result<Arrival, Fault> {
+        let around = Reception { clock: &HostClock::new(), observer, patience: PATIENCE };
+        let mut accept = |limit| match self.listener.accept_within(limit)? {
+            Accepted::Link(link) => Ok(Some(link)),
+            Accepted::Nobody => Ok(None),
+            Accepted::Ended => Err(LinkError::Closed),
+        };
+        let further = Further { accept: &mut accept, thread: &|| seccomp::enter(ThreadKind::MigrateStream) };
+        target::receive(link, host, claims, around, further)
     }
 }
 
@@ -140,8 +159,7 @@ impl Porter {
 
     /// Serves a link after a guest has come: questions are answered, offers refused.
     fn answer(&self, link: &mut SocketLink) {
-        let around = Reception { clock: &HostClock::new(), observer: &mut Unobserved, patience: PATIENCE };
-        if let Err(fault) = target::receive(link, &mut Occupied, &*self.claims, around) {
+        if let Err(fault) = self.desk.receive(link, &mut Occupied, &self.claims, &mut Unobserved) {
             tracing::info!(fault = in_words(&fault), "a late source was refused");
         }
     }
@@ -160,8 +178,7 @@ impl Porter {
         };
         let mut arriving = Arriving::new(kvm, resources, line, listener, offered);
         let mut onlooker = Onlooker { board: self.board.clone(), watcher: None };
-        let around = Reception { clock: &HostClock::new(), observer: &mut onlooker, patience: PATIENCE };
-        match target::receive(link, &mut arriving, &*self.claims, around) {
+        match self.desk.receive(link, &mut arriving, &self.claims, &mut onlooker) {
             Ok(Arrival::Running(report)) => {
                 if let Some(machine) = arriving.into_machine() {
                     self.welcome(machine);
@@ -222,20 +239,11 @@ impl Observer for Onlooker {
 #[derive(Debug)]
 struct Occupied;
 
-impl GuestPages for Occupied {
-    type Error = std::io::Error;
-
-    fn slice(&self, _: PageRun) -> Result<VolatileSlice<'_>, Self::Error> {
-        Err(std::io::ErrorKind::AddrNotAvailable.into())
-    }
-
-    fn leading_hole(&self, _: PageRun) -> u32 {
-        0
-    }
-}
-
 impl TargetHost for Occupied {
-    fn prepare(&mut self, _: &Offer<'_>) -> Result<(), Refusal> {
+    type Error = std::io::Error;
+    type Memory = GuestMemory;
+
+    fn prepare(&mut self, _: &Offer<'_>) -> Result<GuestMemory, Refusal> {
         Err(Refusal::new("A guest runs in this Godwit already; start another `godwit receive`"))
     }
 

@@ -4,13 +4,17 @@ use super::Message;
 use super::board::Board;
 use super::watcher::Watcher;
 use crate::machine::Machine;
-use crate::migrate::address::{AddressUseError, dial};
+use crate::migrate::address::{AddressUseError, Dialled, dial};
 use crate::migrate::leaving::Leaving;
-use crate::migrate::link::Cutter;
+use crate::migrate::link::SocketCutter;
 use crate::migrate::ownership::Ownership;
 use crate::seccomp::{self, ThreadKind};
 use control::{JobId, MigrationMode, PeerAddress, StartMigration};
-use migration::{CancelToken, Goal, HostClock, InDoubt, Mode, Outcome, Plan, Surroundings, Unreachable, source};
+use migration::{
+    CancelToken, Cutter, Further, Goal, HostClock, InDoubt, Link, LinkError, Mode, Outcome, Plan, Surroundings,
+    Unreachable, source,
+};
+use std::io;
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
@@ -32,7 +36,7 @@ const NOTICE: Duration = Duration::from_secs(1);
 pub(crate) struct Outgoing {
     cancel: CancelToken,
     /// The link's, once there is one.
-    cutter: Arc<OnceLock<Cutter>>,
+    cutter: Arc<OnceLock<SocketCutter>>,
     cut_at: Option<Instant>,
 }
 
@@ -46,7 +50,7 @@ impl Outgoing {
         ownership: Ownership,
         board: Board,
         inbox: Sender<Message>,
-    ) -> Result<Self, (Box<Machine>, std::io::Error)> {
+    ) -> Result<Self, (Box<Machine>, io::Error)> {
         let cancel = CancelToken::new();
         let cutter = Arc::default();
         let journey = Journey {
@@ -104,14 +108,14 @@ struct Journey {
     to: PeerAddress,
     ownership: Ownership,
     cancel: CancelToken,
-    cutter: Arc<OnceLock<Cutter>>,
+    cutter: Arc<OnceLock<SocketCutter>>,
 }
 
 impl Journey {
     fn make(self, machine: Box<Machine>, mut watcher: Watcher) -> Departure {
         let Self { plan, to, ownership, cancel, cutter } = self;
-        let mut link = match dial(&to) {
-            Ok(link) => link,
+        let Dialled { mut link, exactly } = match dial(&to) {
+            Ok(dialled) => dialled,
             Err(error) => return Departure::Unreachable(machine, error),
         };
         match link.cutter() {
@@ -119,7 +123,13 @@ impl Journey {
             Err(error) => tracing::warn!(%error, "a cancel will have to wait for the target"),
         }
         let around = Surroundings { clock: &HostClock::new(), cancel: &cancel, observer: &mut watcher };
-        Departure::Decided(Box::new(source::run(Leaving::new(*machine, ownership, to), &mut link, &plan, around)))
+        let mut dial_again = || match dial(&exactly) {
+            Ok(dialled) => Ok(dialled.link),
+            Err(error) => Err(LinkError::Io(io::Error::other(error))),
+        };
+        let further = Further { dial: &mut dial_again, thread: &|| seccomp::enter(ThreadKind::MigrateStream) };
+        let leaving = Leaving::new(*machine, ownership, to);
+        Departure::Decided(Box::new(source::run(leaving, &mut link, &plan, around, further)))
     }
 }
 
@@ -132,7 +142,7 @@ pub(crate) fn ask_target(doubt: Box<InDoubt<Leaving>>, to: PeerAddress, inbox: &
             seccomp::enter(ThreadKind::MigrateSource);
             let Ok(doubt) = take.recv() else { return };
             let outcome = match dial(&to) {
-                Ok(mut link) => doubt.ask(&mut link, &HostClock::new()),
+                Ok(mut target) => doubt.ask(&mut target.link, &HostClock::new()),
                 Err(error) => {
                     tracing::warn!(%error, "the target cannot be asked whose the guest is");
                     Outcome::InDoubt(*doubt)
@@ -164,6 +174,7 @@ fn plan(request: &StartMigration, job: JobId) -> Plan {
             ..Goal::default()
         },
         timeout: request.timeout(),
+        streams: request.streams.into(),
         ..Plan::new(job.0, mode)
     }
 }

@@ -2,7 +2,7 @@
 
 use crate::values::{Settings, size};
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use control::{Owner, PeerAddress};
+use control::{Owner, PeerAddress, Streams};
 use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
 use uuid::Uuid;
@@ -181,6 +181,9 @@ pub(crate) struct Migrate {
     /// Give up after this many seconds; the guest stays here
     #[arg(long, value_name = "SECONDS")]
     pub(crate) timeout: Option<NonZeroU32>,
+    /// Move memory over so many connections, 1 to 64
+    #[arg(long, default_value = "1", value_name = "N")]
+    pub(crate) streams: Streams,
     /// Compare a digest of the whole memory at both ends while the guest is paused
     #[arg(long)]
     pub(crate) verify: bool,

@@ -54,6 +54,7 @@ pub(crate) fn migrate(migrate: &Migrate) -> anyhow::Result<u8> {
         max_rounds: migrate.max_rounds,
         timeout_s: migrate.timeout,
         verify: migrate.verify,
+        streams: migrate.streams,
         ..StartMigration::new(migrate.to.clone())
     });
     let Reply::Started(started) = ask(client, &request)? else { bail!("The migration was not started") };

@@ -1,0 +1,72 @@
+//! A set of pages that several threads add to at once: one atomic bit per page.
+
+use crate::region::{PageRun, RegionId};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+const WORD_BITS: u64 = 64;
+
+/// Pages of all regions of one guest. Pages that do not exist are never in it.
+#[derive(Debug)]
+pub(crate) struct PageSet(Vec<Box<[AtomicU64]>>);
+
+impl PageSet {
+    /// An empty set, for regions of these lengths in pages.
+    pub(crate) fn new(pages_per_region: impl IntoIterator<Item = u64>) -> Self {
+        let words = |pages: u64| (0..pages.div_ceil(WORD_BITS)).map(|_| AtomicU64::new(0)).collect();
+        Self(pages_per_region.into_iter().map(words).collect())
+    }
+
+    /// Adds the pages of a run, which must exist.
+    pub(crate) fn add(&self, run: PageRun) {
+        let (mut page, end) = (run.first.0, run.first.0 + u64::from(run.pages));
+        while page < end {
+            let word_end = ((page / WORD_BITS + 1) * WORD_BITS).min(end);
+            let mask = (u64::MAX >> (WORD_BITS - (word_end - page))) << (page % WORD_BITS);
+            if let Some(word) = self.word(run.region, page) {
+                word.fetch_or(mask, Ordering::Release);
+            }
+            page = word_end;
+        }
+    }
+
+    /// Whether a page is in the set.
+    pub(crate) fn contains(&self, region: RegionId, page: u64) -> bool {
+        let word = self.word(region, page).map_or(0, |word| word.load(Ordering::Acquire));
+        word & (1 << (page % WORD_BITS)) != 0
+    }
+
+    fn word(&self, region: RegionId, page: u64) -> Option<&AtomicU64> {
+        self.0.get(usize::from(region.0))?.get(usize::try_from(page / WORD_BITS).ok()?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::region::PageIndex;
+    use proptest::prelude::*;
+
+    #[test]
+    fn what_does_not_exist_is_not_in_it() {
+        let set = PageSet::new([65, 0]);
+        for (region, page) in [(0, 128), (1, 0), (2, 0), (0, u64::MAX)] {
+            assert!(!set.contains(RegionId(region), page));
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn exactly_the_pages_added_are_in_it(runs in prop::collection::vec((0u16..2, 0u64..200, 1u32..150), 0..6)) {
+            let set = PageSet::new([400, 400]);
+            for &(region, first, pages) in &runs {
+                set.add(PageRun { region: RegionId(region), first: PageIndex(first), pages });
+            }
+            for (region, page) in (0..2).flat_map(|region| (0..400).map(move |page| (region, page))) {
+                let added = runs.iter().any(|&(of, first, pages)| {
+                    of == region && (first..first + u64::from(pages)).contains(&page)
+                });
+                prop_assert_eq!(set.contains(RegionId(region), page), added, "page {} of region {}", page, region);
+            }
+        }
+    }
+}

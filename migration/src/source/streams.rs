@@ -1,0 +1,281 @@
+//! The further streams of a migration at the source: threads that each take dirty pages out of the ledger and send them
+//! over a link of their own, while the driver does the same over the first.
+//!
+//! The driver orders a round ([`Streams::order`]); every stream sends pages until the ledger is empty, closes its share of
+//! the round with `RoundEnd`, and says so. A stream that fails says why and ends; the driver finds it at its next look.
+//! Dropping [`Crew`] cuts the links, so that no thread outlives the migration, whatever its target does.
+
+use super::error::SourceError;
+use crate::batch::Batch;
+use crate::bell::Bell;
+use crate::channel::{Channel, TICK};
+use crate::digest::TranscriptDigest;
+use crate::guest::{GuestPages, exact_slice};
+use crate::ledger::{DirtyLedger, SharedLedger};
+use crate::link::{Cutter, Link};
+use crate::wire::{Frame, Join, RoundEnd};
+use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::thread::{Builder, Scope};
+use std::time::Duration;
+use uuid::Uuid;
+
+/// What all streams of a migration share.
+#[derive(Debug)]
+pub(super) struct Streams {
+    /// The pages that the target lacks.
+    pub(super) ledger: SharedLedger,
+    /// What the round under way has sent, over all streams.
+    pub(super) sent: Sent,
+    orders: Mutex<Orders>,
+    /// Rings when there is an order.
+    ordered: Bell,
+    /// Rings when a stream is done with its order, or has failed.
+    pub(super) news: Bell,
+}
+
+#[derive(Debug)]
+struct Orders {
+    /// The round to send, from 1; 0 before the first.
+    round: u32,
+    over: bool,
+    /// Streams that are not done with the round.
+    busy: usize,
+    failure: Option<SourceError>,
+    shares: Vec<Share>,
+}
+
+/// What the driver knows of one further stream when it is done with a round.
+#[derive(Debug, Clone, Copy)]
+struct Share {
+    transcript: TranscriptDigest,
+    in_flight: u64,
+}
+
+/// Pages and bytes of a round so far.
+#[derive(Debug, Default)]
+pub(super) struct Sent {
+    pages: AtomicU64,
+    zero_pages: AtomicU64,
+    /// Bytes of the further streams, in all rounds.
+    further_bytes: AtomicU64,
+}
+
+impl Sent {
+    /// Adds what a frame held.
+    pub(super) fn add(&self, batch: &Batch) {
+        self.pages.fetch_add(batch.pages(), Ordering::Relaxed);
+        self.zero_pages.fetch_add(batch.zero_pages(), Ordering::Relaxed);
+    }
+
+    pub(super) fn pages(&self) -> u64 {
+        self.pages.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn zero_pages(&self) -> u64 {
+        self.zero_pages.load(Ordering::Relaxed)
+    }
+
+    /// Bytes that went over the further streams so far, in all rounds.
+    pub(super) fn further_bytes(&self) -> u64 {
+        self.further_bytes.load(Ordering::Relaxed)
+    }
+}
+
+impl Streams {
+    pub(super) fn new() -> Self {
+        let orders = Orders { round: 0, over: false, busy: 0, failure: None, shares: Vec::new() };
+        Self {
+            ledger: SharedLedger::new(DirtyLedger::new(&[])),
+            sent: Sent::default(),
+            orders: Mutex::new(orders),
+            ordered: Bell::new(),
+            news: Bell::new(),
+        }
+    }
+
+    /// Has every further stream send its share of a round.
+    pub(super) fn order(&self, round: u32) {
+        let mut orders = self.lock();
+        (orders.round, orders.busy) = (round, orders.shares.len());
+        self.sent.pages.store(0, Ordering::Relaxed);
+        self.sent.zero_pages.store(0, Ordering::Relaxed);
+        drop(orders);
+        self.ordered.ring();
+    }
+
+    /// Whether every further stream is done with the round.
+    pub(super) fn done(&self) -> bool {
+        self.lock().busy == 0
+    }
+
+    /// Why a stream failed, if one did.
+    pub(super) fn take_failure(&self) -> Option<SourceError> {
+        self.lock().failure.take()
+    }
+
+    /// What each further stream has sent, after a round.
+    pub(super) fn transcripts(&self) -> Vec<TranscriptDigest> {
+        self.lock().shares.iter().map(|share| share.transcript).collect()
+    }
+
+    /// Bytes that the peer had not received when each further stream was done with the last round.
+    pub(super) fn in_flight(&self) -> u64 {
+        self.lock().shares.iter().map(|share| share.in_flight).sum()
+    }
+
+    /// Waits for a round after `last`; `None` when there will be none.
+    fn next<L: Link>(&self, last: u32, link: &mut L) -> Option<u32> {
+        loop {
+            let seen = self.ordered.rung();
+            match &*self.lock() {
+                Orders { over: true, .. } => return None,
+                Orders { round, .. } if *round != last => return Some(*round),
+                Orders { .. } => {}
+            }
+            link.idle(&self.ordered, seen, TICK);
+        }
+    }
+
+    fn finish(&self, stream: usize, share: Share) {
+        let mut orders = self.lock();
+        orders.shares[stream] = share;
+        orders.busy -= 1;
+        drop(orders);
+        self.news.ring();
+    }
+
+    fn fail(&self, error: SourceError) {
+        self.lock().failure.get_or_insert(error);
+        self.news.ring();
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Orders> {
+        self.orders.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The threads of the further streams.
+#[derive(Debug)]
+pub(super) struct Crew<'a, C: Cutter> {
+    streams: &'a Streams,
+    cutters: Vec<C>,
+}
+
+impl<'a, C: Cutter> Crew<'a, C> {
+    pub(super) fn new(streams: &'a Streams) -> Self {
+        Self { streams, cutters: Vec::new() }
+    }
+
+    /// Puts one more stream to work over `link`, which was just connected.
+    pub(super) fn hire<'scope, L, P>(
+        &mut self,
+        scope: &'scope Scope<'scope, '_>,
+        mut link: L,
+        terms: Terms<'scope>,
+        memory: P,
+    ) -> io::Result<()>
+    where
+        'a: 'scope,
+        L: Link<Cutter = C> + 'scope,
+        P: GuestPages + 'scope,
+    {
+        let (streams, stream) = (self.streams, self.cutters.len());
+        self.cutters.push(link.cutter()?);
+        let none = Share { transcript: TranscriptDigest { frames: 0, digest: 0 }, in_flight: 0 };
+        streams.lock().shares.push(none);
+        let serve = move || {
+            (terms.thread)();
+            link.set_patience(terms.patience);
+            let number = u16::try_from(stream + 1).expect("the number of streams is bounded");
+            let join = Frame::Join(Join { session: terms.session, stream: number });
+            let served = Channel::new(&mut link).send(&join).map_err(SourceError::Link).and_then(|()| {
+                let (channel, batch) = (Channel::new(&mut link), Batch::new());
+                Worker { streams, stream, channel, batch, memory, counted: 0 }.serve()
+            });
+            if let Err(error) = served {
+                streams.fail(error);
+            }
+        };
+        Builder::new().name(format!("stream-{}", stream + 1)).spawn_scoped(scope, serve)?;
+        Ok(())
+    }
+}
+
+impl<C: Cutter> Drop for Crew<'_, C> {
+    fn drop(&mut self) {
+        self.streams.lock().over = true;
+        self.streams.ordered.ring();
+        self.cutters.iter().for_each(Cutter::cut);
+    }
+}
+
+/// What every stream is to keep to.
+#[derive(Clone, Copy)]
+pub(super) struct Terms<'a> {
+    pub(super) session: Uuid,
+    /// How long a byte may take to move.
+    pub(super) patience: Duration,
+    /// What a thread does first.
+    pub(super) thread: &'a (dyn Fn() + Sync),
+}
+
+/// One further stream.
+struct Worker<'a, 'l, L, P> {
+    streams: &'a Streams,
+    stream: usize,
+    channel: Channel<'l, L>,
+    batch: Batch,
+    memory: P,
+    /// Bytes that are in the common account.
+    counted: u64,
+}
+
+impl<L: Link, P: GuestPages> Worker<'_, '_, L, P> {
+    fn serve(mut self) -> Result<(), SourceError> {
+        let mut last = 0;
+        while let Some(round) = self.streams.next(last, self.channel.link()) {
+            self.round(round)?;
+            last = round;
+        }
+        Ok(())
+    }
+
+    fn round(&mut self, round: u32) -> Result<(), SourceError> {
+        let (mut pages, mut zero_pages) = (0, 0);
+        while send_batch(&mut self.channel, &mut self.batch, &self.streams.ledger, &self.memory)? {
+            pages += self.batch.pages();
+            zero_pages += self.batch.zero_pages();
+            self.streams.sent.add(&self.batch);
+            self.count();
+        }
+        self.channel.send(&Frame::RoundEnd(RoundEnd { round, pages, zero_pages })).map_err(SourceError::Link)?;
+        self.count();
+        let share = Share { transcript: self.channel.sent(), in_flight: self.channel.link().in_flight() };
+        self.streams.finish(self.stream, share);
+        Ok(())
+    }
+
+    fn count(&mut self) {
+        let bytes = self.channel.bytes();
+        self.streams.sent.further_bytes.fetch_add(bytes - self.counted, Ordering::Relaxed);
+        self.counted = bytes;
+    }
+}
+
+/// Sends one batch of the pages that the ledger holds. `false` if there were none.
+pub(super) fn send_batch<L: Link, P: GuestPages>(
+    channel: &mut Channel<'_, L>,
+    batch: &mut Batch,
+    ledger: &SharedLedger,
+    memory: &P,
+) -> Result<bool, SourceError> {
+    let failed = |source| SourceError::Guest { step: "give access to its memory", source };
+    if !batch.fill(ledger, memory).map_err(failed)? {
+        return Ok(false);
+    }
+    let raw: Result<Vec<_>, _> = batch.records().raw_runs().map(|run| exact_slice(memory, run)).collect();
+    channel.send_pages(batch.records(), &raw.map_err(failed)?).map_err(SourceError::Link)?;
+    Ok(true)
+}
