@@ -7,12 +7,14 @@
 //! - [`source::run`] drives a migration out, and says who owns the guest now.
 //! - [`target::receive`] serves one incoming link.
 //! - [`wire`] has the frames, [`ledger`] the dirty pages, [`convergence`] the decision to pause, [`report`] the results.
+//! - [`codec`] makes pages smaller, and pages again.
 //!
 //! The invariant above all others: at most one host runs the guest, whatever is lost, killed or delayed in between.
 
 pub mod bell;
 pub mod cancel;
 pub mod clock;
+pub mod codec;
 pub mod convergence;
 pub mod guest;
 pub mod ledger;
