@@ -16,8 +16,13 @@ struct Check {
     probe: &'static [&'static str],
 }
 
-const CHECKS: [Check; 5] = [
+const CHECKS: [Check; 6] = [
     Check { name: "format", arguments: &["fmt", "--all", "--check"], probe: &["fmt", "--version"] },
+    Check {
+        name: "format of fuzz",
+        arguments: &["fmt", "--manifest-path", "fuzz/Cargo.toml", "--check"],
+        probe: &["fmt", "--version"],
+    },
     Check {
         name: "lints",
         arguments: &["clippy", "--release", "--quiet", "--workspace", "--all-targets", "--", "-D", "warnings"],

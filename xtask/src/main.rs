@@ -1,4 +1,4 @@
-//! The one entry for people and CI: `cargo xtask demo`, `test`, `check`, `bench`, `image`, `lab`.
+//! The one entry for people and CI: `cargo xtask demo`, `test`, `check`, `fuzz`, `bench`, `image`, `lab`.
 //!
 //! Progress goes to standard error, results to standard output. Exit status 0 when all is well, 1 when something failed,
 //! 2 when it was called wrongly; `lab` ends with the status of its command.
@@ -10,6 +10,7 @@ use clap::{Parser, Subcommand};
 mod bench;
 mod check;
 mod demo;
+mod fuzz;
 mod image;
 mod lab;
 mod packages;
@@ -36,6 +37,8 @@ enum Task {
     Check,
     /// Runs every test, and every scenario where it can run: on this host or in the nested lab.
     Test(test::Options),
+    /// Feeds the parsers of what a peer sends with generated input, and fails when one crashes.
+    Fuzz(fuzz::Options),
     /// Boots a nested lab with KVM and runs a command or a shell in it.
     Lab(lab::Options),
 }
@@ -47,6 +50,7 @@ fn main() -> ExitCode {
         Task::Image(options) => image::image(&options),
         Task::Check => check::check(),
         Task::Test(options) => test::test(&options),
+        Task::Fuzz(options) => fuzz::fuzz(&options),
         Task::Lab(options) => lab::lab(options),
     };
     done.unwrap_or_else(|error| {

@@ -12,7 +12,7 @@
 //! | `Plain` | 4096 bytes | the page itself |
 //! | `Rle` | u16 length, body | [`rle`]: runs of equal words |
 //! | `Delta` | u16 length, body | [`delta`]: what changed since the page was last sent; [`delta_cache`] has that copy |
-//! | `Copy` | u64 | [`reference`]: the target has these bytes in another page; [`dedup`] finds it |
+//! | `Copy` | u64 | [`mod@reference`]: the target has these bytes in another page; [`dedup`] finds it |
 //!
 //! All numbers are little endian. Encoders append to a buffer that their caller uses again, allocate nothing per page, and
 //! decline what they cannot make clearly smaller. [`decode`] is the one way back. What it reads comes from a peer: nothing
