@@ -87,6 +87,10 @@ impl DirtyTracker for DirtyLog {
         Ok(())
     }
 
+    fn written_by_vcpu(&self) -> Option<Vec<u64>> {
+        None // One bit per page, for all vCPUs.
+    }
+
     fn ring_full(&self) -> Result<(), DirtyError> {
         Ok(()) // There is no ring; KVM never asks.
     }

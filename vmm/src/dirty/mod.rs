@@ -82,6 +82,10 @@ pub trait DirtyTracker: Debug + Send + Sync {
     /// [`DirtyError`]; pages are then lost, so the caller gives up.
     fn harvest(&self, ledger: &mut DirtyLedger) -> Result<(), DirtyError>;
 
+    /// How many pages each vCPU wrote, in the order of [`attach`](Self::attach), among those that the last harvest moved; a
+    /// page that several wrote is one vCPU's. `None` if KVM does not tell.
+    fn written_by_vcpu(&self) -> Option<Vec<u64>>;
+
     /// Makes room after KVM_EXIT_DIRTY_RING_FULL, on the thread of the vCPU that has no room left.
     ///
     /// # Errors

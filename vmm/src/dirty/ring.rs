@@ -83,7 +83,7 @@ impl DirtyRing {
             while taken - before < self.entries
                 && let Some(page) = ring.take()
             {
-                note(pending, page);
+                ring.pending += u64::from(note(pending, page));
                 taken += 1;
             }
             overrun_now |= taken - before == self.entries;
@@ -129,6 +129,7 @@ impl DirtyTracker for DirtyRing {
         rings.pending.clear();
         self.collect(&mut rings)?;
         self.trusted(&rings)?;
+        rings.rings.iter_mut().for_each(|ring| (ring.pending, ring.harvested) = (0, 0));
         rings.pending = self.slots.iter().map(|(_, _, region)| vec![0; words_of(region.pages)]).collect();
         self.slots.log_dirty_pages(true).map_err(|source| DirtyError::Switch { source })
     }
@@ -142,7 +143,12 @@ impl DirtyTracker for DirtyRing {
             debug_assert!(inside, "pages beyond the slot are not noted");
             words.fill(0);
         }
+        rings.rings.iter_mut().for_each(|ring| ring.harvested = std::mem::take(&mut ring.pending));
         Ok(())
+    }
+
+    fn written_by_vcpu(&self) -> Option<Vec<u64>> {
+        Some(self.lock().rings.iter().map(|ring| ring.harvested).collect())
     }
 
     fn ring_full(&self) -> Result<(), DirtyError> {
@@ -162,13 +168,15 @@ fn words_of(pages: u64) -> usize {
     usize::try_from(pages.div_ceil(WORD_BITS)).expect("sizes have 64 bits on x86-64")
 }
 
-/// Notes a page, unless tracking is off or KVM named a page that no slot has.
-fn note(pending: &mut [Vec<u64>], Taken { slot, page }: Taken) {
+/// Notes a page, unless tracking is off or KVM named a page that no slot has. Whether it was not noted before.
+fn note(pending: &mut [Vec<u64>], Taken { slot, page }: Taken) -> bool {
     let word =
         usize::try_from(page / WORD_BITS).ok().and_then(|word| pending.get_mut(usize::from(slot))?.get_mut(word));
-    if let Some(word) = word {
+    word.is_some_and(|word| {
+        let before = *word;
         *word |= 1 << (page % WORD_BITS);
-    }
+        *word != before
+    })
 }
 
 /// A page out of a ring.
@@ -185,6 +193,11 @@ struct Ring {
     entries: u32,
     /// The next entry to take; wraps, and is used modulo `entries`.
     next: u32,
+    /// How many pages were noted first by this ring since the last harvest. A KVM that emulates instructions has an entry
+    /// for each write, so entries are not counted.
+    pending: u64,
+    /// The same of the last harvest.
+    harvested: u64,
 }
 
 // SAFETY: the mapping belongs to the whole process; a `Ring` is used by one thread at a time, and what the kernel writes
@@ -203,7 +216,7 @@ impl Ring {
             return Err(io::Error::last_os_error());
         }
         let first = NonNull::new(address.cast()).expect("mmap never maps address 0 by its own choice");
-        Ok(Self { first, entries, next: 0 })
+        Ok(Self { first, entries, next: 0, pending: 0, harvested: 0 })
     }
 
     fn take(&mut self) -> Option<Taken> {

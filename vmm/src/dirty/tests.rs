@@ -204,6 +204,28 @@ fn full_rings_lose_nothing() {
 }
 
 #[test]
+fn a_ring_tells_how_much_its_vcpu_wrote() {
+    let mut guest = Guest::new(64 << 20, ring);
+    guest.delay = 40;
+    guest.tracker.start().unwrap();
+    assert_eq!(guest.tracker.written_by_vcpu(), Some(vec![0]));
+    guest.write(0x10_0000, 5000, 1);
+    assert!(guest.full > 0, "the ring of 1024 entries was never full");
+    guest.write(0x10_0000 + 5000 * 4096, 100, 1);
+    assert_eq!(guest.tracker.written_by_vcpu(), Some(vec![0]), "nothing was harvested yet");
+    guest.harvest();
+    assert_eq!(guest.tracker.written_by_vcpu(), Some(vec![5100]));
+    for _ in 0..3 {
+        guest.write(0x10_0000, 10, 1);
+    }
+    guest.harvest();
+    assert_eq!(guest.tracker.written_by_vcpu(), Some(vec![10]), "a page counts once");
+    guest.harvest();
+    assert_eq!(guest.tracker.written_by_vcpu(), Some(vec![0]));
+    assert_eq!(Guest::new(64 << 20, log).tracker.written_by_vcpu(), None);
+}
+
+#[test]
 fn an_overrun_ring_is_told_and_the_guest_goes_on() {
     let mut guest = Guest::new(64 << 20, ring);
     guest.tracker.start().unwrap();

@@ -306,6 +306,13 @@ impl Machine {
         Ok(())
     }
 
+    /// How many pages each vCPU wrote among those of the last harvest; `None` with a tracker that does not know it. See
+    /// [`DirtyTracker::written_by_vcpu`](crate::dirty::DirtyTracker::written_by_vcpu).
+    #[must_use]
+    pub fn written_by_vcpu(&self) -> Option<Vec<u64>> {
+        self.chassis.tracker.written_by_vcpu()
+    }
+
     /// Stops the log.
     ///
     /// # Errors
