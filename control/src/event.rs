@@ -4,6 +4,7 @@
 //! subscriber is a number in the sequence, and one that falls behind the backlog learns how many events it missed.
 
 use crate::address::PeerAddress;
+use crate::dirty_rate::MeasurementStatus;
 use crate::migration::{JobId, MigrationMode, MigrationRole, MigrationStatus, Progress, RoundInfo};
 use crate::phase::Phase;
 use serde::{Deserialize, Serialize};
@@ -77,6 +78,11 @@ pub enum Happening {
         /// How, and all that is known of it.
         migration: Box<MigrationStatus>,
     },
+    /// A measurement of the dirty rate ended.
+    MeasurementEnded {
+        /// How, and what it found.
+        measurement: Box<MeasurementStatus>,
+    },
     /// The guest ended; this Godwit ends too.
     GuestEnded {
         /// Why, for programs.
@@ -109,6 +115,7 @@ impl Happening {
             Self::MigrationProgress { .. } => "migration_progress",
             Self::RoundEnded { .. } => "round_ended",
             Self::MigrationEnded { .. } => "migration_ended",
+            Self::MeasurementEnded { .. } => "measurement_ended",
             Self::GuestEnded { .. } => "guest_ended",
             Self::DeviceNeedsReset { .. } => "device_needs_reset",
             Self::Lagged { .. } => "lagged",

@@ -7,6 +7,7 @@
 
 mod address;
 mod client;
+mod dirty_rate;
 mod error;
 mod event;
 mod identity;
@@ -24,6 +25,9 @@ mod sse;
 
 pub use address::{AddressError, PeerAddress};
 pub use client::{After, Client, ClientError, EventStream};
+pub use dirty_rate::{
+    DirtyRate, LastDirtyRate, MeasureDirtyRate, MeasurementCost, MeasurementState, MeasurementStatus, MemorySample,
+};
 pub use error::{ApiError, Code, ErrorBody};
 pub use event::{EndReason, Event, Events, Happening};
 pub use identity::{NoRandomness, random_uuid};

@@ -116,6 +116,7 @@ impl Refusal {
             (Request::Stop(_) | Request::PowerButton, Phase::Paused) => {
                 "the guest is paused and would not notice; resume it first"
             }
+            (Request::MeasureDirtyRate(_), Phase::Paused) => "the guest is paused and writes nothing; resume it first",
             (_, phase) => phase.why_not(),
         };
         Self::new(phase, Code::WrongPhase, format!("Cannot {}: {why}", intent(request)))
@@ -140,6 +141,8 @@ const fn intent(request: &Request) -> &'static str {
         Request::ShowMigration => "show the migration",
         Request::CancelMigration => "cancel a migration",
         Request::ResolveMigration(_) => "settle a migration",
+        Request::MeasureDirtyRate(_) => "measure the dirty rate",
+        Request::ShowDirtyRate => "show the dirty rate",
         Request::Pulse(_) => "pulse the machine",
     }
 }
@@ -153,7 +156,7 @@ pub fn admit(phase: Phase, request: &Request) -> Result<(), Refusal> {
     use Phase::{Ended, InDoubt, Incoming, Migrating, MovedAway, Paused, Receiving, Running, Starting};
     let admitted = match request {
         // Questions about what does not change, or is kept after the guest has gone.
-        Request::ShowVm | Request::ListDisks | Request::ListNics | Request::ShowMigration => true,
+        Request::ShowVm | Request::ListDisks | Request::ListNics | Request::ShowMigration | Request::ShowDirtyRate => true,
         // Changes of a guest that is here and that nobody else leads. The first two are done already in one of the
         // phases; saying so is friendlier than refusing a repeated request.
         Request::Pause | Request::Resume | Request::Reset | Request::SetBalloon(_) | Request::StartMigration(_)
@@ -161,8 +164,8 @@ pub fn admit(phase: Phase, request: &Request) -> Result<(), Refusal> {
             Running | Paused => true,
             Starting | Receiving | Incoming | Migrating | InDoubt | MovedAway | Ended => false,
         },
-        // Only a running guest notices its power button.
-        Request::Stop(_) | Request::PowerButton => match phase {
+        // Only a running guest notices its power button, or writes its memory. A migration has the dirty log for itself.
+        Request::Stop(_) | Request::PowerButton | Request::MeasureDirtyRate(_) => match phase {
             Running => true,
             Starting | Paused | Receiving | Incoming | Migrating | InDoubt | MovedAway | Ended => false,
         },
@@ -222,7 +225,7 @@ mod tests {
     use proptest::prelude::*;
 
     /// One line per request of [`samples`], one column per phase of [`Phase::ALL`].
-    const TABLE: [(&str, &str); 16] = [
+    const TABLE: [(&str, &str); 18] = [
         //                   S R P R I M D A E
         ("ShowVm", "+ + + + + + + + +"),
         ("Pause", "- + + - - - - - -"),
@@ -239,6 +242,8 @@ mod tests {
         ("ShowMigration", "+ + + + + + + + +"),
         ("CancelMigration", "- - - - + + - - -"),
         ("ResolveMigration", "- - - - - - + - -"),
+        ("MeasureDirtyRate", "- + - - - - - - -"),
+        ("ShowDirtyRate", "+ + + + + + + + +"),
         ("Pulse", "- + + - - - - - -"),
     ];
 
@@ -302,6 +307,7 @@ mod tests {
                     request,
                     Request::ShowVm | Request::ShowBalloon | Request::ListDisks | Request::ListNics
                         | Request::ShowMigration | Request::CancelMigration | Request::ResolveMigration(_)
+                        | Request::ShowDirtyRate
                 );
                 prop_assert!(harmless || admit(phase, request).is_err());
             }

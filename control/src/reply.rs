@@ -3,6 +3,7 @@
 //! Payloads accept unknown fields when they are read, unlike the bodies of requests, so that an older client can talk
 //! to a newer Godwit. A field that has no value yet is absent, never `null`.
 
+use crate::dirty_rate::LastDirtyRate;
 use crate::migration::{JobId, LastMigration};
 use crate::millis::Millis;
 use crate::phase::Phase;
@@ -24,10 +25,12 @@ pub enum Reply {
     Disks(DiskList),
     /// To [`Request::ListNics`].
     Nics(NicList),
-    /// To [`Request::StartMigration`].
+    /// To [`Request::StartMigration`] and [`Request::MeasureDirtyRate`].
     Started(JobStarted),
     /// To [`Request::ShowMigration`].
     Migration(LastMigration),
+    /// To [`Request::ShowDirtyRate`].
+    DirtyRate(LastDirtyRate),
     /// To [`Request::Pulse`].
     Pulsed(Pulsed),
 }
@@ -44,6 +47,7 @@ impl Reply {
             Self::Nics(_) => Some("NicList"),
             Self::Started(_) => Some("JobStarted"),
             Self::Migration(_) => Some("LastMigration"),
+            Self::DirtyRate(_) => Some("LastDirtyRate"),
             Self::Pulsed(_) => Some("Pulsed"),
         }
     }
@@ -58,6 +62,7 @@ impl Reply {
             Self::Nics(payload) => serde_json::to_vec(payload),
             Self::Started(payload) => serde_json::to_vec(payload),
             Self::Migration(payload) => serde_json::to_vec(payload),
+            Self::DirtyRate(payload) => serde_json::to_vec(payload),
             Self::Pulsed(payload) => serde_json::to_vec(payload),
         }
     }
@@ -69,8 +74,11 @@ impl Reply {
             Request::ShowBalloon => serde_json::from_slice(json).map(Self::Balloon),
             Request::ListDisks => serde_json::from_slice(json).map(Self::Disks),
             Request::ListNics => serde_json::from_slice(json).map(Self::Nics),
-            Request::StartMigration(_) => serde_json::from_slice(json).map(Self::Started),
+            Request::StartMigration(_) | Request::MeasureDirtyRate(_) => {
+                serde_json::from_slice(json).map(Self::Started)
+            }
             Request::ShowMigration => serde_json::from_slice(json).map(Self::Migration),
+            Request::ShowDirtyRate => serde_json::from_slice(json).map(Self::DirtyRate),
             Request::Pulse(_) => serde_json::from_slice(json).map(Self::Pulsed),
             Request::Pause
             | Request::Resume

@@ -5,6 +5,7 @@
 //! refuse unknown fields: a typing error must not silently become a default.
 
 use crate::address::PeerAddress;
+use crate::dirty_rate::MeasureDirtyRate;
 use crate::migration::MigrationMode;
 use serde::{Deserialize, Serialize};
 use std::num::{NonZeroU16, NonZeroU32};
@@ -45,6 +46,10 @@ pub enum Request {
     CancelMigration,
     /// Settle a migration that is in doubt.
     ResolveMigration(ResolveMigration),
+    /// Measure how fast the guest dirties its memory, and what is in it. Answers at once with the job's id.
+    MeasureDirtyRate(MeasureDirtyRate),
+    /// What the current or last measurement found.
+    ShowDirtyRate,
     /// For tests: save, reset and restore the machine in place.
     Pulse(Pulse),
 }
@@ -229,6 +234,8 @@ pub(crate) fn samples() -> Vec<Request> {
         Request::ShowMigration,
         Request::CancelMigration,
         Request::ResolveMigration(ResolveMigration { owner: Owner::Target }),
+        Request::MeasureDirtyRate(MeasureDirtyRate { period_ms: 100 }),
+        Request::ShowDirtyRate,
         Request::Pulse(Pulse { times: ONE }),
     ]
 }

@@ -1,6 +1,7 @@
 //! The one table of paths. The server dispatches by it, the client finds its requests in it, and a test compares it
 //! with `openapi.json`.
 
+use crate::dirty_rate::MeasureDirtyRate;
 use crate::error::ApiError;
 use crate::request::{Request, Stop};
 use hyper::Method;
@@ -40,6 +41,10 @@ pub enum Operation {
     CancelMigration,
     /// [`Request::ResolveMigration`].
     ResolveMigration,
+    /// [`Request::MeasureDirtyRate`].
+    MeasureDirtyRate,
+    /// [`Request::ShowDirtyRate`].
+    ShowDirtyRate,
     /// [`Request::Pulse`].
     Pulse,
     /// The stream of events.
@@ -128,7 +133,7 @@ use Content::{Json, Metrics, Nothing, OpenApi, Stream};
 
 /// Every path and method that the server knows.
 #[rustfmt::skip]
-pub static ROUTES: [Route; 19] = [
+pub static ROUTES: [Route; 21] = [
     route!(GET "/v1/vm", ShowVm, "Show the VM", Empty, 200 Json("VmInfo"), ASKED),
     route!(POST "/v1/vm/pause", Pause, "Pause the guest", Empty, 204 Nothing, CHANGED),
     route!(POST "/v1/vm/resume", Resume, "Resume the guest", Empty, 204 Nothing, CHANGED),
@@ -144,6 +149,8 @@ pub static ROUTES: [Route; 19] = [
     route!(GET "/v1/migration", ShowMigration, "Show the current or last migration", Empty, 200 Json("LastMigration"), ASKED),
     route!(DELETE "/v1/migration", CancelMigration, "Cancel the migration", Empty, 204 Nothing, CHANGED),
     route!(POST "/v1/migration/resolve", ResolveMigration, "Settle a migration in doubt", Required("ResolveMigration"), 204 Nothing, CHANGED),
+    route!(POST "/v1/dirty-rate", MeasureDirtyRate, "Measure how fast the guest dirties its memory", Optional("MeasureDirtyRate"), 202 Json("JobStarted"), CHANGED),
+    route!(GET "/v1/dirty-rate", ShowDirtyRate, "Show the current or last measurement", Empty, 200 Json("LastDirtyRate"), ASKED),
     route!(POST "/v1/pulse", Pulse, "For tests: save, reset and restore in place", Required("Pulse"), 200 Json("Pulsed"), CHANGED),
     route!(GET "/v1/events", WatchEvents, "Watch what happens", Empty, 200 Stream("Event"), WATCHED),
     route!(GET "/metrics", ShowMetrics, "Show numbers for Prometheus", Empty, 200 Metrics, ASKED),
@@ -213,6 +220,9 @@ impl Route {
             Operation::ShowMigration => Request::ShowMigration,
             Operation::CancelMigration => Request::CancelMigration,
             Operation::ResolveMigration => Request::ResolveMigration(parse(body)?),
+            Operation::MeasureDirtyRate if body.is_empty() => Request::MeasureDirtyRate(MeasureDirtyRate::default()),
+            Operation::MeasureDirtyRate => Request::MeasureDirtyRate(parse(body)?),
+            Operation::ShowDirtyRate => Request::ShowDirtyRate,
             Operation::Pulse => Request::Pulse(parse(body)?),
         }))
     }
@@ -251,6 +261,8 @@ impl Operation {
             Self::ShowMigration => "showMigration",
             Self::CancelMigration => "cancelMigration",
             Self::ResolveMigration => "resolveMigration",
+            Self::MeasureDirtyRate => "measureDirtyRate",
+            Self::ShowDirtyRate => "showDirtyRate",
             Self::Pulse => "pulse",
             Self::WatchEvents => "watchEvents",
             Self::ShowMetrics => "showMetrics",
@@ -275,6 +287,8 @@ impl Operation {
             Request::ShowMigration => Self::ShowMigration,
             Request::CancelMigration => Self::CancelMigration,
             Request::ResolveMigration(_) => Self::ResolveMigration,
+            Request::MeasureDirtyRate(_) => Self::MeasureDirtyRate,
+            Request::ShowDirtyRate => Self::ShowDirtyRate,
             Request::Pulse(_) => Self::Pulse,
         }
     }
@@ -290,6 +304,7 @@ pub(crate) fn body_of(request: &Request) -> Result<Option<Vec<u8>>, serde_json::
         Request::SetBalloon(body) => json(body),
         Request::StartMigration(body) => json(body),
         Request::ResolveMigration(body) => json(body),
+        Request::MeasureDirtyRate(body) => json(body),
         Request::Pulse(body) => json(body),
         Request::ShowVm
         | Request::Pause
@@ -301,7 +316,8 @@ pub(crate) fn body_of(request: &Request) -> Result<Option<Vec<u8>>, serde_json::
         | Request::ListDisks
         | Request::ListNics
         | Request::ShowMigration
-        | Request::CancelMigration => Ok(None),
+        | Request::CancelMigration
+        | Request::ShowDirtyRate => Ok(None),
     }
 }
 

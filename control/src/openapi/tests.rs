@@ -36,7 +36,7 @@ fn types() -> BTreeMap<&'static str, Pass> {
         VmInfo Phase DirtyTrackerKind Stop BalloonInfo SetBalloon DiskList DiskInfo DiskCounters NicList NicInfo
         NicBackend NicCounters StartMigration PeerAddress MigrationMode MigrationRole MigrationState MigrationStep
         JobStarted LastMigration MigrationStatus Progress RoundInfo StepInfo SwitchReason TargetPart ResolveMigration Owner Pulse Pulsed Happening Event
-        EndReason ErrorBody Code
+        EndReason MeasureDirtyRate LastDirtyRate MeasurementStatus MeasurementState DirtyRate MemorySample MeasurementCost ErrorBody Code
     }
 }
 
@@ -272,6 +272,28 @@ fn what_the_types_write_is_described() {
         error: Some("The link broke".into()),
     };
     described("LastMigration", json!(LastMigration { migration: Some(migration.clone()) }));
+    described("MeasureDirtyRate", json!(MeasureDirtyRate::default()));
+    let sample = MemorySample { pages: 3, zero_pages: 1, duplicate_pages: 1, lz4_bytes: 100, zstd_bytes: 90 };
+    let length = Millis::default();
+    let cost = MeasurementCost { protected_pages: 7, log_ms: length, longest_log_ms: length, cpu_ms: length };
+    let found = DirtyRate {
+        duration_ms: length,
+        pages_per_second: 7,
+        bytes_per_second: 28_672,
+        working_set_pages: vec![1, 2],
+        vcpu_pages_per_second: Some(vec![3, 4]),
+        sample,
+        cost,
+    };
+    let measurement = MeasurementStatus {
+        job: JobId::random().unwrap(),
+        state: MeasurementState::Completed,
+        period_ms: length,
+        found: Some(found),
+        error: Some("The guest was paused".into()),
+    };
+    described("LastDirtyRate", json!(LastDirtyRate { measurement: Some(measurement.clone()) }));
+    described("Happening", json!(Happening::MeasurementEnded { measurement: Box::new(measurement) }));
     let body = ErrorBody { code: Code::TooLate, message: String::new(), phase: Some(Phase::Ended) };
     described("ErrorBody", json!(body));
     let ended = Happening::MigrationEnded { migration: Box::new(migration) };

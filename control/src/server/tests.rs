@@ -86,8 +86,9 @@ impl Handler for PlayedVm {
             Request::SetBalloon(SetBalloon { target_bytes }) => return self.set_balloon(target_bytes),
             Request::ListDisks => Reply::Disks(DiskList { disks: Vec::new() }),
             Request::ListNics => Reply::Nics(NicList { nics: Vec::new() }),
-            Request::StartMigration(_) => Reply::Started(JobStarted { job: job() }),
+            Request::StartMigration(_) | Request::MeasureDirtyRate(_) => Reply::Started(JobStarted { job: job() }),
             Request::ShowMigration => Reply::Migration(LastMigration { migration: None }),
+            Request::ShowDirtyRate => Reply::DirtyRate(LastDirtyRate { measurement: None }),
             Request::Pulse(Pulse { times }) => {
                 Reply::Pulsed(Pulsed { times: times.get(), state_bytes: 1, longest_ms: Millis::default() })
             }

@@ -111,6 +111,7 @@ fn routes(context: &Context) -> Result<()> {
     pause_and_resume(&mut curl, &mut console)?;
     devices(&mut curl)?;
     no_migration(&mut curl)?;
+    dirty_rate(&mut curl)?;
     let text = curl.expect("GET", "/metrics", None, 200)?;
     metrics(&text)?;
     ensure!(text.contains("\ngodwit_disk_written_bytes_total{disk=\"data\"} 0\n"), "{text}");
@@ -191,6 +192,21 @@ fn no_migration(curl: &mut Curl<'_>) -> Result<()> {
     anyhow::bail!("A migration to nobody does not fail")
 }
 
+fn dirty_rate(curl: &mut Curl<'_>) -> Result<()> {
+    ensure!(curl.json("/v1/dirty-rate")?["measurement"].is_null(), "There is a measurement");
+    curl.expect("POST", "/v1/dirty-rate", Some(r#"{"period_ms":100}"#), 202)?;
+    for _ in 0..2000 {
+        let last = curl.json("/v1/dirty-rate")?;
+        if last["measurement"]["state"] != "active" {
+            let found = &last["measurement"]["found"];
+            ensure!(found["pages_per_second"].as_u64() > Some(0), "{last}");
+            return Ok(());
+        }
+        sleep(Duration::from_millis(5));
+    }
+    anyhow::bail!("The measurement does not end")
+}
+
 /// Each line of the text format is a comment or a name, perhaps labels, and a number.
 fn metrics(text: &str) -> Result<()> {
     let mut samples = 0;
@@ -226,7 +242,14 @@ fn killed(context: &Context) -> Result<()> {
 
 fn saw_phases(mut events: Child, seen: &str) -> Result<()> {
     ensure!(events.wait()?.success(), "curl did not see the end of the events");
-    for part in [r#""to":"paused""#, r#""to":"running""#, r#""to":"migrating""#, "migration_ended", "guest_ended"] {
+    for part in [
+        r#""to":"paused""#,
+        r#""to":"running""#,
+        r#""to":"migrating""#,
+        "migration_ended",
+        "measurement_ended",
+        "guest_ended",
+    ] {
         ensure!(seen.contains(part), "The events do not have {part}:\n{seen}");
     }
     Ok(())
@@ -278,15 +301,29 @@ fn commands(context: &Context) -> Result<()> {
 fn help_and_completions(context: &Context) -> Result<()> {
     let (ended, help) = call(context, &["--help"])?;
     ended.expect(0, "")?;
-    for command in
-        ["run", "receive", "migrate", "cancel", "resolve", "status", "watch", "pause", "resume", "stop", "kill"]
-    {
+    for command in [
+        "run",
+        "receive",
+        "migrate",
+        "cancel",
+        "resolve",
+        "status",
+        "watch",
+        "pause",
+        "resume",
+        "stop",
+        "kill",
+        "dirty-rate",
+    ] {
         ensure!(help.contains(&format!("\n  {command} ")), "The help does not list {command}: {help}");
     }
     for shell in ["bash", "zsh", "fish"] {
         let (ended, script) = call(context, &["completions", shell])?;
         ended.expect(0, "")?;
-        ensure!(script.contains("godwit") && script.contains("receive"), "The completions for {shell} are incomplete");
+        ensure!(
+            script.contains("godwit") && script.contains("receive") && script.contains("dirty-rate"),
+            "The completions for {shell} are incomplete"
+        );
     }
     Ok(())
 }

@@ -9,6 +9,7 @@ mod between_hosts;
 mod boot;
 mod broken_moves;
 mod debian;
+mod dirty_rate;
 mod ends;
 mod handmade;
 mod migrate;
@@ -29,7 +30,10 @@ pub const ALL: &[Scenario] = &[
     bad_targets::SOURCES,
     api::ROUTES,
     api::COMMANDS,
+    dirty_rate::KNOWN,
+    dirty_rate::ENDED,
     readme::API,
+    readme::DIRTY_RATE,
     readme::MOVES,
     boot::LINUX,
     migrate::MICRO,

@@ -7,6 +7,7 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
+use control::Phase;
 
 use crate::godwit::Godwit;
 use crate::scenario::{Context, Needs, Scenario};
@@ -31,6 +32,15 @@ pub(super) const API: Scenario = Scenario {
     run: api,
 };
 
+/// See its `about`.
+pub(super) const DIRTY_RATE: Scenario = Scenario {
+    name: "readme-dirty-rate",
+    about: "The README's command measures the dirty rate of a guest",
+    needs: Needs::Kvm,
+    timeout: Duration::from_secs(30),
+    run: dirty_rate,
+};
+
 fn moves(context: &Context) -> Result<()> {
     for image in ["vmlinux", "initramfs"] {
         symlink(context.images.join(image), context.work.join(image))?;
@@ -48,6 +58,16 @@ fn api(context: &Context) -> Result<()> {
     let output = run(context, godwit.folder(), &block("readme-api")?)?;
     ensure!(output.contains("godwit_vcpus 1"), "The metrics are not told:\n{output}");
     godwit.finish(Duration::from_secs(10))?.expect(0, "ended by request")
+}
+
+fn dirty_rate(context: &Context) -> Result<()> {
+    let kernel = context.images.join("micro.elf").display().to_string();
+    let godwit = Godwit::run(context, "guest", &["--kernel", &kernel, "--memory=64M"])?;
+    godwit.await_phase(Phase::Running)?;
+    symlink("api.sock", godwit.folder().join("a.sock"))?;
+    let output = run(context, godwit.folder(), &block("readme-dirty-rate")?)?;
+    ensure!(output.contains("dirtied  ") && output.contains("cost  "), "The dirty rate is not told:\n{output}");
+    godwit.end()
 }
 
 /// The block of commands that says it is run by `scenario`.

@@ -6,8 +6,9 @@
 use crate::config::{DirtyTracking, MachineConfig};
 use crate::machine::Machine;
 use control::{
-    API_VERSION, BalloonInfo, DirtyTrackerKind, DiskCounters, DiskInfo, DiskList, Events, Happening, LastMigration,
-    MigrationStatus, NicBackend, NicCounters, NicInfo, NicList, Phase, VmInfo,
+    API_VERSION, BalloonInfo, DirtyRate, DirtyTrackerKind, DiskCounters, DiskInfo, DiskList, Events, Happening,
+    LastDirtyRate, LastMigration, MeasurementState, MeasurementStatus, MigrationStatus, NicBackend, NicCounters,
+    NicInfo, NicList, Phase, VmInfo,
 };
 use devices::virtio::balloon::Balloon;
 use devices::virtio::blk::{BlkCounters, BlkCounts};
@@ -24,6 +25,7 @@ struct Notes {
     phase: Phase,
     machine: Option<MachineNotes>,
     migration: Option<MoveNotes>,
+    measurement: Option<MeasurementStatus>,
 }
 
 /// What is posted of a machine.
@@ -60,7 +62,7 @@ pub(crate) struct Board {
 
 impl Board {
     pub(crate) fn new(phase: Phase, events: Events) -> Self {
-        let notes = Notes { phase, machine: None, migration: None };
+        let notes = Notes { phase, machine: None, migration: None, measurement: None };
         Self { notes: Arc::new(Mutex::new(notes)), events, started: (Instant::now(), SystemTime::now()) }
     }
 
@@ -124,6 +126,28 @@ impl Board {
 
     pub(crate) fn migration(&self) -> Option<MigrationStatus> {
         self.notes().migration.as_ref().map(|migration| migration.status.clone())
+    }
+
+    /// Posts a measurement that begins.
+    pub(crate) fn begin_measurement(&self, status: MeasurementStatus) {
+        self.notes().measurement = Some(status);
+    }
+
+    /// Posts how the measurement ended: with what it found, or why it found nothing; and says so.
+    pub(crate) fn end_measurement(&self, found: Result<DirtyRate, String>) {
+        let mut notes = self.notes();
+        let Some(status) = &mut notes.measurement else { return };
+        match found {
+            Ok(found) => (status.state, status.found) = (MeasurementState::Completed, Some(found)),
+            Err(error) => (status.state, status.error) = (MeasurementState::Failed, Some(error)),
+        }
+        let measurement = Box::new(status.clone());
+        drop(notes);
+        self.events.publish(Happening::MeasurementEnded { measurement });
+    }
+
+    pub(crate) fn last_dirty_rate(&self) -> LastDirtyRate {
+        LastDirtyRate { measurement: self.notes().measurement.clone() }
     }
 
     pub(crate) fn events(&self) -> &Events {

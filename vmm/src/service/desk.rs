@@ -25,6 +25,7 @@ impl Handler for Desk {
             Request::ListDisks => Ok(Reply::Disks(self.board.disks())),
             Request::ListNics => Ok(Reply::Nics(self.board.nics())),
             Request::ShowMigration => Ok(Reply::Migration(self.board.last_migration())),
+            Request::ShowDirtyRate => Ok(Reply::DirtyRate(self.board.last_dirty_rate())),
             request => {
                 let (answer, awaited) = sync_channel(1);
                 let gone = || ApiError::Failed { message: "This Godwit is ending".to_owned() };

@@ -12,6 +12,7 @@ mod board;
 mod desk;
 mod ends;
 mod incoming;
+mod measuring;
 mod metrics;
 mod moves;
 mod outgoing;
@@ -21,6 +22,7 @@ mod watcher;
 pub use ends::{Ended, ServiceError};
 
 use crate::config::{HostLimits, HostResources, MachineConfig, Serial};
+use crate::dirty_rate::Measurement;
 use crate::kvm::KvmHost;
 use crate::machine::{
     DiskLocks, EmptyMachine, LineInput, Machine, MachineError, Notice, NoticeListener, Resources, SerialLine,
@@ -122,6 +124,8 @@ pub struct Service {
     destination: Option<PeerAddress>,
     /// When a guest that was asked to power off is ended. Not while a migration has it.
     force_stop_at: Option<Instant>,
+    /// The measurement under way, of the machine that is here.
+    measurement: Option<Measurement>,
     /// Which machine this is, counted by resets.
     generation: u64,
     /// The guest's end, if it came while a migration had the machine.
@@ -226,6 +230,7 @@ impl Service {
             once: false,
             destination: None,
             force_stop_at: None,
+            measurement: None,
             generation: 0,
             end: None,
             _server: server,
@@ -312,7 +317,7 @@ impl Service {
             Holding::Away(outgoing) => outgoing.cut_at(),
             Holding::Expected | Holding::Here(_) | Holding::Asking => None,
         };
-        [due, self.forced_stop()].into_iter().flatten().min()
+        [due, self.forced_stop(), self.measures_at()].into_iter().flatten().min()
     }
 
     /// When the guest is ended by force, if it is here.
@@ -324,6 +329,7 @@ impl Service {
         if self.forced_stop().is_some_and(|at| at <= Instant::now()) {
             return Some(Ended::Quit("ended because it did not power off in time"));
         }
+        self.go_on_measuring();
         let handed_over = self.is_handed_over();
         match &mut self.holding {
             // The target's word that it has the guest is on its way, or soon will be: no cut may lose it.
@@ -361,6 +367,7 @@ impl Service {
 
     /// Says how it ended. The record of a guest that has certainly ended or left asks no question any more.
     fn finish(&mut self, ended: Ended) -> Ended {
+        self.end_measurement("The guest has ended");
         let settled = match &self.holding {
             Holding::Here(_) | Holding::Expected => true,
             Holding::Away(_) | Holding::Asking => matches!(ended, Ended::MovedAway(_)),

@@ -21,6 +21,7 @@ const ASK_EVERY: Duration = Duration::from_secs(2);
 impl Service {
     pub(super) fn start_migration(&mut self, request: &StartMigration) -> Result<Reply, ApiError> {
         let job = JobId::random().map_err(|error| ApiError::failed(&error))?;
+        self.end_measurement("A migration was started");
         let Holding::Here(machine) = std::mem::replace(&mut self.holding, Holding::Asking) else {
             return Err(not_here());
         };

@@ -21,11 +21,9 @@ impl Service {
             Request::ListDisks => Ok(Reply::Disks(self.board.disks())),
             Request::ListNics => Ok(Reply::Nics(self.board.nics())),
             Request::ShowMigration => Ok(Reply::Migration(self.board.last_migration())),
+            Request::ShowDirtyRate => Ok(Reply::DirtyRate(self.board.last_dirty_rate())),
             Request::ShowBalloon => self.board.balloon().map(Reply::Balloon).ok_or_else(no_balloon),
-            Request::Pause => self.with_machine(Machine::stand).map(|()| {
-                self.board.enter(Phase::Paused);
-                Reply::Done
-            }),
+            Request::Pause => self.pause(),
             Request::Resume => self.resume(),
             Request::PowerButton => self.press_power_button(),
             Request::Stop(stop) => {
@@ -47,9 +45,17 @@ impl Service {
                 }
                 Ok(Reply::Done)
             }
+            Request::MeasureDirtyRate(measure) => self.measure_dirty_rate(&measure),
             Request::ResolveMigration(resolve) => self.resolve(resolve.owner),
             Request::Pulse(pulse) => self.pulse(pulse.times.get()),
         }
+    }
+
+    fn pause(&mut self) -> Result<Reply, ApiError> {
+        self.end_measurement("The guest was paused");
+        self.with_machine(Machine::stand)?;
+        self.board.enter(Phase::Paused);
+        Ok(Reply::Done)
     }
 
     /// Lets the guest run. After a failed move it may be here without what it had given up: its disks' locks, the record
@@ -100,6 +106,7 @@ impl Service {
         let Holding::Here(machine) = &self.holding else { return Err(not_here()) };
         let config = machine.config().clone();
         can_boot(&config.boot)?;
+        self.end_measurement("The guest was reset");
         self.holding = Holding::Expected;
         // What the old machine still has to say of its end is not about the new one, which is not to be stopped either.
         self.generation += 1;
@@ -122,6 +129,7 @@ impl Service {
 
     /// Saves the machine, takes it apart and restores it from its saved state, with its memory and resources kept.
     fn pulse(&mut self, times: u32) -> Result<Reply, ApiError> {
+        self.end_measurement("The machine was pulsed");
         let (mut longest, mut state_bytes) = (Duration::ZERO, 0);
         for _ in 0..times {
             let Holding::Here(machine) = std::mem::replace(&mut self.holding, Holding::Expected) else {

@@ -1,6 +1,6 @@
 //! The command line, as clap reads it, and the machine that its options describe.
 
-use crate::values::{Settings, size};
+use crate::values::{Settings, period, size};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use control::{Owner, PeerAddress, Streams};
 use std::num::NonZeroU32;
@@ -73,6 +73,8 @@ pub(crate) enum Command {
     Disks(Status),
     /// List the network interfaces
     Nics(Status),
+    /// Measure how fast a guest dirties its memory, and what is in it
+    DirtyRate(DirtyRate),
     /// Print metrics for Prometheus
     Metrics(Client),
     /// Save, tear down and restore a guest in place, to test that nothing is lost
@@ -149,6 +151,16 @@ pub(crate) struct BalloonArgs {
     /// Hold back this much of the guest's memory
     #[arg(long, value_name = "SIZE", value_parser = size)]
     pub(crate) target: Option<u64>,
+}
+
+// `dirty-rate`.
+#[derive(Debug, Args)]
+pub(crate) struct DirtyRate {
+    #[command(flatten)]
+    pub(crate) read: Status,
+    /// How long to watch the guest's writes, from 100ms to 60s
+    #[arg(long, value_name = "TIME", value_parser = period, default_value = "1s")]
+    pub(crate) period: u32,
 }
 
 // `pulse`.

@@ -78,6 +78,7 @@ fn dispatch(command: Command) -> anyhow::Result<u8> {
         Command::Balloon(balloon) => client::balloon(&balloon),
         Command::Disks(status) => client::disks(&status),
         Command::Nics(status) => client::nics(&status),
+        Command::DirtyRate(dirty_rate) => watch::dirty_rate(&dirty_rate),
         Command::Metrics(client) => client::metrics(&client),
         Command::Pulse(pulse) => client::pulse(&pulse),
     }

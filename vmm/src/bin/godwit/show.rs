@@ -1,11 +1,12 @@
 //! Answers for people: short lines, with units; and for programs: JSON.
 
 use control::{
-    BalloonInfo, DiskCounters, DiskInfo, DiskList, MigrationStatus, NicCounters, NicInfo, NicList, RoundInfo, StepInfo,
-    TargetPart, VmInfo,
+    BalloonInfo, DirtyRate, DiskCounters, DiskInfo, DiskList, MeasurementCost, MemorySample, MigrationStatus,
+    NicCounters, NicInfo, NicList, RoundInfo, StepInfo, TargetPart, VmInfo,
 };
 use indicatif::HumanBytes;
 use serde::Serialize;
+use vmm::layout::PAGE_SIZE;
 
 /// Prints one JSON value on a line.
 pub(crate) fn json(value: &impl Serialize) -> anyhow::Result<u8> {
@@ -121,4 +122,38 @@ pub(crate) fn balloon(balloon: &BalloonInfo) {
     for (name, value) in &balloon.statistics {
         println!("  {name}  {value}");
     }
+}
+
+/// What a measurement found: how fast, how much, what the memory is like, and what it cost to know.
+pub(crate) fn dirty_rate(found: &DirtyRate) {
+    let DirtyRate { duration_ms, pages_per_second, bytes_per_second, working_set_pages, .. } = found;
+    let rate = HumanBytes(*bytes_per_second);
+    println!("dirtied      {pages_per_second} pages/s, {rate}/s, over {duration_ms}");
+    if let Some(vcpus) = &found.vcpu_pages_per_second {
+        println!("  by vCPU    {} pages/s", numbers(vcpus));
+    }
+    let pages = working_set_pages.last().copied().unwrap_or(0);
+    println!("working set  {pages} pages, {}", HumanBytes(pages.saturating_mul(PAGE_SIZE)));
+    println!("  grew       {}", numbers(working_set_pages));
+    let sample = &found.sample;
+    let MemorySample { pages, zero_pages, duplicate_pages, lz4_bytes, zstd_bytes } = sample;
+    let data = sample.data_pages();
+    println!("sample       {pages} pages, {} zero", percent(*zero_pages, *pages));
+    if data > 0 {
+        let ratio = |packed: u64| data as f64 * PAGE_SIZE as f64 / packed.max(1) as f64;
+        let (lz4, zstd) = (ratio(*lz4_bytes), ratio(*zstd_bytes));
+        let duplicate = percent(*duplicate_pages, data);
+        println!("  the rest   {duplicate} duplicate, {lz4:.2} to 1 by LZ4, {zstd:.2} to 1 by Zstandard");
+    }
+    let MeasurementCost { protected_pages, log_ms, longest_log_ms, cpu_ms } = &found.cost;
+    println!("cost         {protected_pages} pages write-protected again, {cpu_ms} of a host CPU");
+    println!("  the log    {log_ms}, the longest call {longest_log_ms}");
+}
+
+fn numbers(list: &[u64]) -> String {
+    list.iter().map(u64::to_string).collect::<Vec<_>>().join(" ")
+}
+
+fn percent(part: u64, of: u64) -> String {
+    format!("{:.1} %", part as f64 * 100.0 / of.max(1) as f64)
 }

@@ -1,5 +1,6 @@
-//! Values on the command line: sizes with a unit, and `key=value,…` lists.
+//! Values on the command line: sizes and times with a unit, and `key=value,…` lists.
 
+use control::MeasureDirtyRate;
 use std::collections::BTreeMap;
 
 /// Reads a size such as `512M`, `2GiB` or `1048576`, in bytes. Units are powers of 1024: K, M, G, T.
@@ -17,6 +18,19 @@ pub(crate) fn size(text: &str) -> Result<u64, String> {
     };
     let number: u64 = number.parse().map_err(|_| format!("{text:?} is not a size; write for example 512M or 2G"))?;
     number.checked_mul(1 << shift).ok_or_else(|| format!("{text:?} is more than 64 bits hold"))
+}
+
+/// Reads the period of a measurement such as `1s` or `250ms`, in milliseconds.
+pub(crate) fn period(text: &str) -> Result<u32, String> {
+    let wrong = || format!("{text:?} is not a time; write for example 1s or 250ms");
+    let (number, unit) = match text.strip_suffix("ms") {
+        Some(number) => (number, 1),
+        None => (text.strip_suffix('s').ok_or_else(wrong)?, 1000),
+    };
+    let number: u32 = number.parse().map_err(|_| wrong())?;
+    let range = MeasureDirtyRate::PERIOD_MS;
+    let period = number.checked_mul(unit).filter(|period| range.contains(period));
+    period.ok_or_else(|| format!("{text:?} is not from {}ms to {}s", range.start(), range.end() / 1000))
 }
 
 /// A `key=value,key=value,flag` list, whose keys are taken one by one and whose rest is an error.
@@ -80,6 +94,16 @@ mod tests {
         }
         for text in ["", "M", "1.5G", "-1", "12 M", "5x", "99999999999T"] {
             assert!(size(text).unwrap_err().contains(text), "{text}");
+        }
+    }
+
+    #[test]
+    fn periods() {
+        for (text, ms) in [("1s", 1000), ("100ms", 100), ("60s", 60_000)] {
+            assert_eq!(period(text), Ok(ms), "{text}");
+        }
+        for text in ["", "1", "s", "ms", "-1s", "1.5s", "1m", "99ms", "61s", "4294968s", "0s"] {
+            assert!(period(text).unwrap_err().contains(text), "{text}");
         }
     }
 

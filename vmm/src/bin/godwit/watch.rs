@@ -1,12 +1,12 @@
-//! The commands that follow events: `watch`, `stop`, and `migrate` with a progress bar for each round.
+//! The commands that follow events: `watch`, `stop`, `dirty-rate`, and `migrate` with a progress bar for each round.
 
-use crate::args::{Migrate, Status, Stop};
+use crate::args::{DirtyRate, Migrate, Status, Stop};
 use crate::client::ask;
 use crate::show;
 use anyhow::{Context, bail};
 use control::{
-    After, Client, EventStream, Happening, JobId, MigrationState, MigrationStatus, Progress, Reply, Request, RoundInfo,
-    StartMigration,
+    After, Client, EventStream, Happening, JobId, MeasureDirtyRate, MigrationState, MigrationStatus, Progress, Reply,
+    Request, RoundInfo, StartMigration,
 };
 use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
 
@@ -42,6 +42,30 @@ pub(crate) fn stop(stop: &Stop) -> anyhow::Result<u8> {
         }
     }
     Ok(0)
+}
+
+/// Starts a measurement and waits for what it finds.
+pub(crate) fn dirty_rate(dirty_rate: &DirtyRate) -> anyhow::Result<u8> {
+    let DirtyRate { read: Status { client, json }, period } = dirty_rate;
+    let events = Client::new(&client.api).events(After::Now)?;
+    let request = Request::MeasureDirtyRate(MeasureDirtyRate { period_ms: *period });
+    let Reply::Started(started) = ask(client, &request)? else { bail!("The measurement was not started") };
+    for event in events {
+        let event = event.context("The measurement was started, but its end is not known")?;
+        if let Happening::MeasurementEnded { measurement } = event.what
+            && measurement.job == started.job
+        {
+            let Some(found) = measurement.found else {
+                bail!("Nothing was measured: {}", measurement.error.unwrap_or_default())
+            };
+            if *json {
+                return show::json(&found);
+            }
+            show::dirty_rate(&found);
+            return Ok(0);
+        }
+    }
+    bail!("The Godwit ended before it told what it had measured")
 }
 
 /// Starts a migration and follows it to its end.
