@@ -7,7 +7,7 @@ mod qemu;
 mod tests {
     use std::io::{Read, Write};
     use std::os::unix::net::UnixStream;
-    use std::path::Path;
+    use std::path::{Path, PathBuf};
 
     use guest_images::Images;
     use guest_images::micro::Line;
@@ -68,7 +68,7 @@ mod tests {
 
     #[test]
     fn it_ends_by_itself_and_every_pattern_works() {
-        for pattern in ["check", "counter", "same", "zero", "text", "random"] {
+        for pattern in ["check", "counter", "same", "zero", "text", "random", "colour", "patch", "shift"] {
             let mut guest = start(&format!("ws=256k tick=0 passes=3 pattern={pattern} fill=text"), &[]);
             let end = guest.until(|line| match Line::parse(line) {
                 Line::End { bad, passes, progress } => Some((bad, passes, progress.pages)),
@@ -98,17 +98,64 @@ mod tests {
         let why = start("ws=64M", &[]).until(refused);
         assert_eq!(why, "the working set does not fit into the memory from 16 MiB on");
         assert_eq!(start("pattern=stripes", &[]).until(refused), "unknown pattern or fill");
+        let why = start("ws=4k over", &[]).until(refused);
+        assert_eq!(why, "over needs an initrd that is as large as the working set");
+        assert_eq!(start("over content", &[]).until(refused), "over changes what content is to keep");
+    }
+
+    #[test]
+    fn patterns_change_the_initrd_as_they_say() {
+        let directory = tempfile::tempdir().unwrap();
+        // Of `patch`, page 3 and pass 1 have the 64 bytes from (3 + 1) * 64 on; `shift` has the next page behind its stamp.
+        let patched = |old: &[u8], new: &[u8]| {
+            let differ: Vec<usize> = (0..4096).filter(|&at| old[3 * 4096 + at] != new[at]).collect();
+            differ.len() > 48 && differ.iter().all(|at| (256..320).contains(at))
+        };
+        let coloured = |old: &[u8], new: &[u8]| {
+            new.chunks(4).all(|word| *word == new[..4]) && new[..4] != old[3 * 4096..3 * 4096 + 4]
+        };
+        let shifted = |old: &[u8], new: &[u8]| new[8..] == old[4 * 4096 + 8..5 * 4096] && new[..4] == [3, 0, 0, 0];
+        type Holds<'a> = &'a dyn Fn(&[u8], &[u8]) -> bool;
+        let patterns: [(&str, Holds<'_>); 3] = [("patch", &patched), ("colour", &coloured), ("shift", &shifted)];
+        for (pattern, holds) in patterns {
+            let (socket, words, more) = initrd(&directory.path().join(pattern));
+            let more: Vec<&str> = more.iter().map(String::as_str).collect();
+            // A slice of all of these pages, or of two of them, every 8 s or 0.5 s: the fourth page stays for a while.
+            let mut guest = start(&format!("over ws=20k rate=4 tick=20 pattern={pattern}"), &more);
+            guest.until(|line| {
+                matches!(Line::parse(line), Line::Tick { progress, .. } if progress.pages >= 4).then_some(())
+            });
+            let page = memory(&socket, initrd_address(&socket) + 3 * 4096, 4096);
+            assert!(holds(&words, &page), "{pattern}: {:?}", &page[..320]);
+            drop(guest);
+        }
+    }
+
+    /// The bytes of a guest's memory.
+    fn memory(socket: &Path, at: u64, length: usize) -> Vec<u8> {
+        // The stub's answers have at most 4096 characters.
+        let digits: String =
+            (0..length).step_by(1024).map(|part| debug(socket, &format!("m{:x},400", at + part as u64))).collect();
+        (0..length).map(|byte| u8::from_str_radix(&digits[2 * byte..2 * byte + 2], 16).unwrap()).collect()
+    }
+
+    /// An initrd in `folder` in which each word holds its own place, so that one of them tells where QEMU put them all; with
+    /// the options that have QEMU load it and listen to a debugger at the socket.
+    fn initrd(folder: &Path) -> (PathBuf, Vec<u8>, [String; 4]) {
+        std::fs::create_dir_all(folder).unwrap();
+        let (socket, initrd) = (folder.join("gdb"), folder.join("initrd"));
+        let words: Vec<u8> = (0..1u32 << 18).flat_map(|word| (word * 4).to_le_bytes()).collect();
+        std::fs::write(&initrd, &words).unwrap();
+        let debugger = format!("unix:{},server=on,wait=off", socket.display());
+        let options = ["-gdb".to_owned(), debugger, "-initrd".to_owned(), initrd.display().to_string()];
+        (socket, words, options)
     }
 
     #[test]
     fn a_changed_page_and_a_changed_initrd_are_found() {
         let directory = tempfile::tempdir().unwrap();
-        let (socket, initrd) = (directory.path().join("gdb"), directory.path().join("initrd"));
-        // Each word holds its own place, so that one of them tells where QEMU put them all.
-        let words: Vec<u8> = (0..1u32 << 18).flat_map(|word| (word * 4).to_le_bytes()).collect();
-        std::fs::write(&initrd, words).unwrap();
-        let debugger = format!("unix:{},server=on,wait=off", socket.display());
-        let more = ["-gdb", &debugger, "-initrd", initrd.to_str().unwrap()];
+        let (socket, _, more) = initrd(directory.path());
+        let more: Vec<&str> = more.iter().map(String::as_str).collect();
         let mut guest = start("ws=64k tick=0 rate=1 content", &more);
         guest.until(|line| matches!(Line::parse(line), Line::Ready { .. }).then_some(()));
         // With rate=1 the first slice (all 16 pages) is written at once, and the next one more than a second later.

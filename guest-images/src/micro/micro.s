@@ -45,6 +45,7 @@
 # Between two looks at the clock: some hundred microseconds of work under an instruction emulator.
         .set    WORDS_PER_SLICE, 32
         .set    WHOLE_PAGES_PER_SLICE, 2
+        .set    PATCH, 64
         .set    BAD_LINES, 20
         .set    CHECK_FACTOR, 0x9e3779b1
         .set    RANDOM_SEED, 0x12345678
@@ -305,6 +306,53 @@ write_random:
         movl    $PAGE / 4, %ecx
         rep movsl
         popl    %edi
+        ret
+
+# The page all of one word, which depends on the page and the pass.
+write_colour:
+        movl    generation, %eax
+        call    mix
+        pushl   %edi
+        movl    $PAGE / 4, %ecx
+        rep stosl
+        popl    %edi
+        ret
+
+# 64 bytes at a place that goes through the page from pass to pass; the others stay.
+write_patch:
+        pushl   %edi
+        movl    generation, %edx
+        addl    %ebp, %edx
+        andl    $PAGE / PATCH - 1, %edx
+        imull   $PATCH, %edx
+        addl    %edx, %edi
+        movl    generation, %eax
+        call    mix
+        movl    $PATCH / 4, %ecx
+1:      stosl
+        roll    $7, %eax
+        addl    $CHECK_FACTOR, %eax
+        decl    %ecx
+        jnz     1b
+        popl    %edi
+        ret
+
+# What the next page holds, and where and when it was written: over an initrd of random bytes every page has new ones that
+# no other page has, and that costs no arithmetic.
+write_shift:
+        pushl   %edi
+        leal    1(%ebp), %esi
+        cmpl    pages, %esi
+        jb      1f
+        xorl    %esi, %esi
+1:      shll    $12, %esi
+        addl    base, %esi
+        movl    $PAGE / 4, %ecx
+        rep movsl
+        popl    %edi
+        movl    %ebp, (%edi)
+        movl    generation, %eax
+        movl    %eax, 4(%edi)
         ret
 
 # Two pages of Xorshift (32 bits).

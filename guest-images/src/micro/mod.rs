@@ -10,15 +10,18 @@
 //! | --- | --- | --- |
 //! | `ws=SIZE` | working set, from 16 MiB on (or behind an initrd that lies there) | `16M` |
 //! | `rate=N` | pages to write per second; 0: as many as possible | `0` |
-//! | `pattern=` | `check`, `counter`, `same` (write a word per page; `same` changes nothing), `zero`, `text`, `random` (whole pages) | `check` |
+//! | `pattern=` | `check`, `counter`, `same` (write a word per page; `same` changes nothing), `patch` (64 bytes), `zero`, `text`, `random`, `colour` (one word all over), `shift` (what the next page holds; whole pages) | `check` |
 //! | `fill=` | one of these as the content before the first pass | none |
 //! | `tick=MS` | milliseconds between tick lines; 0: none | `100` |
 //! | `passes=N` | end after N walks through the working set; 0: never | `0` |
+//! | `over` | the working set is the beginning of the initrd, whose content is then its own before the first pass | off |
 //! | `content` | keep a sum over the initrd and compare it whenever pages are verified | off |
 //! | `khz=N` | frequency of the TSC | from kvmclock, or 1 GHz |
 //!
 //! With `check` each page holds its number, the pass that wrote it and a mix of both at its two ends, and is verified
-//! before the next pass writes it. The host may write `v` (verify everything now) and `q` (verify, then power off).
+//! before the next pass writes it. `random` has few different pages, because the guest would take long to make many: content
+//! that no compressor and no search for duplicates can shorten is an initrd of random bytes with `over`, and `shift` keeps it
+//! that way. The host may write `v` (verify everything now) and `q` (verify, then power off).
 //! With `ws=0 tick=0` the guest halts after its first lines. [`Line`] reads what it prints.
 
 mod output;

@@ -140,11 +140,14 @@ find_tsc_khz:
         wrmsr
 2:      ret
 
-# The working set goes to 16 MiB, or behind a module that lies there, and must be RAM.
+# The working set goes to 16 MiB, or behind a module that lies there, and must be RAM. With `over` it is the beginning of
+# the first module.
 place_working_set:
         movl    ws, %eax
         shrl    $12, %eax
         movl    %eax, pages
+        cmpl    $0, over
+        jne     place_over_module
         movl    $LOWEST_WORKING_SET, base
         movl    start_info, %ebx
         movl    INFO_MODULES(%ebx), %ecx
@@ -203,6 +206,33 @@ place_working_set:
         jmp     4b
 7:      ret
 
+place_over_module:
+        cmpl    $0, content
+        jne     content_would_change
+        movl    start_info, %ebx
+        cmpl    $0, INFO_MODULES(%ebx)
+        je      no_module
+        movl    INFO_MODULE_LIST(%ebx), %esi
+        movl    (%esi), %eax
+        movl    %eax, %edx
+        addl    MODULE_SIZE(%esi), %edx
+        addl    $PAGE - 1, %eax
+        andl    $-PAGE, %eax
+        movl    %eax, base
+        movl    %eax, page_address
+        subl    %eax, %edx
+        jc      no_module
+        shrl    $12, %edx
+        cmpl    %edx, pages
+        ja      no_module
+        ret
+
+content_would_change:
+        movl    $text_content_would_change, %esi
+        jmp     give_up
+no_module:
+        movl    $text_no_module, %esi
+        jmp     give_up
 no_room:
         movl    $text_no_room, %esi
 give_up:

@@ -101,6 +101,8 @@ text_found:     .asciz  " found_generation="
 text_bad_clock: .asciz  "BAD clock stepped back\n"
 text_bad_content: .asciz "BAD content\n"
 text_no_room:   .asciz  "refused: the working set does not fit into the memory from 16 MiB on\n"
+text_no_module: .asciz  "refused: over needs an initrd that is as large as the working set\n"
+text_content_would_change: .asciz "refused: over changes what content is to keep\n"
 text_unknown_pattern: .asciz "refused: unknown pattern or fill\n"
                 .balign 4
 text_sample:    .ascii  "GET /flyway/limosa?day=12 HTTP/1.1 200 km=11690 from=AK to=TAS\n "
@@ -113,12 +115,16 @@ name_khz:       .asciz  "khz="
 name_pattern:   .asciz  "pattern="
 name_fill:      .asciz  "fill="
 name_content:   .asciz  "content"
+name_over:      .asciz  "over"
 name_check:     .asciz  "check"
 name_counter:   .asciz  "counter"
 name_same:      .asciz  "same"
 name_zero:      .asciz  "zero"
 name_text:      .asciz  "text"
 name_random:    .asciz  "random"
+name_colour:    .asciz  "colour"
+name_patch:     .asciz  "patch"
+name_shift:     .asciz  "shift"
 
         .balign 4
 # name, reader, variable
@@ -131,6 +137,7 @@ parameters:
         .long   name_pattern, read_pattern, 0
         .long   name_fill, read_fill, 0
         .long   name_content, read_flag, content
+        .long   name_over, read_flag, over
         .long   0
 # name, writer, what it needs once
 patterns:
@@ -140,6 +147,9 @@ patterns:
         .long   name_zero, write_zero, whole_pages
         .long   name_text, write_text, whole_pages
         .long   name_random, write_random, make_random_bytes
+        .long   name_colour, write_colour, whole_pages
+        .long   name_patch, write_patch, need_nothing
+        .long   name_shift, write_shift, whole_pages
         .long   0
 
 # Parameters and their defaults.
@@ -149,6 +159,7 @@ tick:           .long   100
 passes:         .long   0
 khz:            .long   0
 content:        .long   0
+over:           .long   0
 write_page:     .long   write_check
 fill:           .long   0
 
