@@ -4,7 +4,7 @@
 //! it. What it does is what a user does by hand: `godwit run`, `godwit receive`, `godwit migrate`. A migration counts
 //! as verified when the verifier in the guest reports afterwards that memory, disk, clock and kernel log are in order.
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::Write;
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -14,16 +14,14 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use control::{After, EventStream, Happening, MigrationMode, Phase};
 use serde::Serialize;
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
-use signal_hook::iterator::Signals;
 use tempfile::TempDir;
 use verifier::report::{Line, Report};
 
 use crate::console::Console;
 use crate::godwit::Godwit;
+use crate::interruption::clean_up_on_signals;
 use crate::place::Place;
 use crate::scenario::Context;
-use crate::scenario::leftovers::kill_descendants;
 use crate::silence;
 use crate::traveller::host_tsc_parameter;
 
@@ -84,20 +82,6 @@ pub fn run(godwit: &Path, images: &Path, telling: Telling) -> Result<bool> {
         print!("\n{}", table(&moved));
     }
     Ok(moved.iter().all(|moved| moved.verified))
-}
-
-/// Ends everything below this process, and the process, when a signal comes.
-fn clean_up_on_signals(work: std::path::PathBuf) -> Result<()> {
-    let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP]).context("Cannot watch signals")?;
-    thread::Builder::new().name("signals".to_owned()).spawn(move || {
-        if let Some(signal) = signals.forever().next() {
-            kill_descendants();
-            // The folder may be half removed already by the main thread.
-            let _ = fs::remove_dir_all(work);
-            std::process::exit(128 + signal);
-        }
-    })?;
-    Ok(())
 }
 
 /// Boots the guest once and powers it off: whether stock guests run here.

@@ -11,6 +11,7 @@ pub mod bridge;
 pub mod console;
 pub mod demo;
 pub mod godwit;
+pub mod interruption;
 pub mod lab;
 pub mod network;
 pub mod place;
