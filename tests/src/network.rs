@@ -36,6 +36,18 @@ pub struct Link {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Rate(u64);
 
+impl Rate {
+    /// So many million bits per second.
+    pub const fn from_megabits(megabits: u32) -> Self {
+        Self(megabits as u64 * 1_000_000)
+    }
+
+    /// Bits per second.
+    pub const fn bits(self) -> u64 {
+        self.0
+    }
+}
+
 impl FromStr for Rate {
     type Err = anyhow::Error;
 

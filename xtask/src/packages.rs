@@ -31,6 +31,12 @@ pub(crate) fn for_test() -> Vec<&'static str> {
     .concat()
 }
 
+/// Packages of `cargo xtask bench migrate`: QEMU, the micro guest's tools, links between namespaces, and a stream to compare
+/// with.
+pub(crate) fn for_migration_bench() -> Vec<&'static str> {
+    [emulator::PACKAGES, micro::PACKAGES, &["iperf3", "iproute2", "util-linux"]].concat()
+}
+
 /// Installs those that are missing, and says which before it does.
 pub(crate) fn ensure(wanted: &[&str]) -> Result<()> {
     let missing = missing(wanted)?;

@@ -6,11 +6,12 @@
 pub mod boot;
 pub mod downtime;
 pub mod machine;
+pub mod migrate;
 
 use serde::{Deserialize, Serialize};
 
 /// What kind of thing a series measures.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Figure {
     /// From exec to the first byte on the serial port, in milliseconds.
@@ -23,6 +24,14 @@ pub enum Figure {
     DowntimeMs,
     /// From the start of a migration to its end, in milliseconds.
     MigrationMs,
+    /// What went through the link, in 10^6 bytes.
+    LinkMb,
+    /// Processor time of both ends but that of vCPUs, in seconds.
+    CpuS,
+    /// Bytes of guest pages that are not zero, or of a stream's payload, in 10^6 bytes per second.
+    RateMbS,
+    /// The most memory that either end had resident beside the guest's, in MiB.
+    MemoryMib,
 }
 
 /// The VMM that was measured.
@@ -61,15 +70,35 @@ pub struct Series {
 impl Series {
     /// Sums up; `None` without any value.
     pub fn new(figure: Figure, guest: &str, vmm: Vmm, values: Vec<f64>) -> Option<Self> {
+        let Summary { median, min, max, values } = Summary::of(values)?;
+        let (guest, machine, n) = (guest.to_owned(), machine::describe(), values.len());
+        Some(Self { figure, guest, vmm, machine, n, median, min, max, values })
+    }
+}
+
+/// Values of one figure, summed up.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Summary {
+    /// The middle one.
+    pub median: f64,
+    /// The smallest.
+    pub min: f64,
+    /// The largest.
+    pub max: f64,
+    /// All of them, in the order of the runs.
+    pub values: Vec<f64>,
+}
+
+impl Summary {
+    /// Sums up, to three decimals; `None` without any value.
+    pub fn of(values: Vec<f64>) -> Option<Self> {
         let values: Vec<f64> = values.into_iter().map(|value| (value * 1e3).round() / 1e3).collect();
         let mut sorted = values.clone();
         sorted.sort_by(f64::total_cmp);
-        let n = sorted.len();
         let (min, max) = (*sorted.first()?, *sorted.last()?);
         // Of an even number the lower one of the middle: a value that was measured.
-        let median = sorted[(n - 1) / 2];
-        let machine = machine::describe();
-        Some(Self { figure, guest: guest.to_owned(), vmm, machine, n, median, min, max, values })
+        let median = sorted[(sorted.len() - 1) / 2];
+        Some(Self { median, min, max, values })
     }
 }
 

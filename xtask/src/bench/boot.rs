@@ -1,28 +1,25 @@
-//! `cargo xtask bench`: measures what the project promises, beside QEMU, and prints figures and goals. It fails only
-//! where it cannot measure.
+//! `cargo xtask bench boot`: how long guests take to start, what a process weighs, and the downtime of live migrations.
 
-use std::fs::{self, File};
-use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode, Stdio};
+use std::path::Path;
+use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
-use clap::{Args, Subcommand};
+use anyhow::{Context, Result};
+use clap::Args;
 use godwit_tests::bench::boot::{self, Contestants};
 use godwit_tests::bench::downtime::{self, Load};
+use godwit_tests::bench::migrate::cell::Content;
 use godwit_tests::bench::{Figure, Series, Vmm};
 use godwit_tests::lab::Lab;
 use godwit_tests::place::kvm_works;
 use godwit_tests::{demo, scenario, table};
-use guest_images::DEFAULT_CACHE;
-use serde::Serialize;
 use tempfile::TempDir;
 
+use super::{QEMU, Row, contents, promise_table, word};
 use crate::packages;
 use crate::test::scenario_images;
-use crate::workspace::{binaries, build, root};
+use crate::workspace::{binaries, build};
 
-const QEMU: &str = "/usr/bin/qemu-system-x86_64";
 /// QEMU's firmware, at the same paths in the lab.
 const FIRMWARE: [&str; 2] = ["/usr/share/qemu", "/usr/share/seabios"];
 
@@ -31,24 +28,11 @@ const LAB_MEMORY_MIB: u32 = 1536;
 const LAB_BOOT: Duration = Duration::from_secs(90);
 
 /// What the 1 GiB guest holds, so that not all of its pages are zero.
-const CONTENT: &str = "/usr/lib";
 const CONTENT_MIB: u64 = 512;
 
-/// What to measure.
+/// How to measure it.
 #[derive(Debug, Args)]
-pub(crate) struct Options {
-    #[command(subcommand)]
-    bench: Bench,
-}
-
-#[derive(Debug, Subcommand)]
-enum Bench {
-    /// Boot times and resident memory beside QEMU, and the downtime of live migrations.
-    Boot(Boot),
-}
-
-#[derive(Debug, Args)]
-struct Boot {
+pub(super) struct Options {
     /// Print one JSON object per series, and the rows of the promises last.
     #[arg(long)]
     json: bool,
@@ -57,21 +41,11 @@ struct Boot {
     quick: bool,
 }
 
-/// A promise and what was measured.
-#[derive(Debug, Serialize)]
-struct Row {
-    what: &'static str,
-    goal: Option<f64>,
-    figure: Option<f64>,
-    ok: bool,
-}
-
 /// Measures and prints.
-pub(crate) fn bench(options: &Options) -> Result<ExitCode> {
-    let Bench::Boot(boot) = &options.bench;
-    let series = measure(boot.quick)?;
+pub(super) fn bench(options: &Options) -> Result<ExitCode> {
+    let series = measure(options.quick)?;
     let rows = rows(&series);
-    if boot.json {
+    if options.json {
         for series in &series {
             println!("{}", serde_json::to_string(series)?);
         }
@@ -98,7 +72,7 @@ fn measure(quick: bool) -> Result<Vec<Series>> {
         let contestants = Contestants { godwit: godwit.clone(), qemu: QEMU.into(), work: work.path().to_owned() };
         series.extend(boot::micro(&contestants, &kernel, runs(31, 7))?);
         eprintln!("Moving the micro guest on this host's KVM");
-        let content = content()?;
+        let content = contents()?.file(Content::Tar, CONTENT_MIB)?;
         let load = Load { kernel: &kernel, content: &content, content_mib: CONTENT_MIB };
         let context = scenario::Context { godwit, images: images.clone(), work: work.path().to_owned() };
         series.extend(downtime::live(&context, load, runs(9, 3))?);
@@ -106,25 +80,6 @@ fn measure(quick: bool) -> Result<Vec<Series>> {
     eprintln!("Booting a Linux guest in the lab");
     series.extend(linux_in_lab(&binaries, &images, runs(5, 1))?);
     Ok(series)
-}
-
-/// The beginning of a tar of this machine's libraries; kept between runs.
-fn content() -> Result<PathBuf> {
-    let path = root().join(DEFAULT_CACHE).join("content.tar");
-    let length = CONTENT_MIB << 20;
-    if fs::metadata(&path).is_ok_and(|metadata| metadata.len() == length) {
-        return Ok(path);
-    }
-    let mut command = Command::new("tar");
-    command.args(["--create", "--file", "-", CONTENT]).stdout(Stdio::piped()).stderr(Stdio::null());
-    let mut tar = command.spawn().context("Cannot start tar")?;
-    let output = tar.stdout.take().context("Standard output is a pipe")?;
-    let mut file = File::create(&path).with_context(|| format!("Cannot make {}", path.display()))?;
-    let copied = std::io::copy(&mut std::io::Read::take(output, length), &mut file);
-    // It writes on into a pipe that nobody reads any more.
-    tar.wait()?;
-    ensure!(copied? == length, "{CONTENT} is smaller than {CONTENT_MIB} MiB");
-    Ok(path)
 }
 
 fn linux_in_lab(binaries: &Path, images: &Path, runs: usize) -> Result<Vec<Series>> {
@@ -169,10 +124,7 @@ fn linux_in_lab(binaries: &Path, images: &Path, runs: usize) -> Result<Vec<Serie
 fn rows(series: &[Series]) -> Vec<Row> {
     let find = |figure, vmm| series.iter().find(|series| series.figure == figure && series.vmm == vmm);
     let median = |figure, vmm| find(figure, vmm).map(|series| series.median);
-    let row = |what, goal: Option<f64>, figure: Option<f64>| {
-        let ok = goal.zip(figure).is_some_and(|(goal, figure)| figure <= goal);
-        Row { what, goal, figure, ok }
-    };
+    let row = Row::at_most;
     vec![
         row(
             "micro guest, 128 MiB, host KVM: exec to the first byte, ms, median",
@@ -212,21 +164,7 @@ fn report(series: &[Series], rows: &[Row]) -> String {
         text += &table::aligned(&std::iter::once(heads).chain(lines).collect::<Vec<_>>());
         text += "\n";
     }
-    let heads = ["holds", "figure", "goal", "what"].map(str::to_owned);
-    let number = |number: Option<f64>| number.map_or_else(|| "-".to_owned(), |number| format!("{number:.2}"));
-    let lines = rows.iter().map(|Row { what, goal, figure, ok }| {
-        let holds = if *ok { "yes" } else { "NO" };
-        [holds.to_owned(), number(*figure), number(*goal), (*what).to_owned()]
-    });
-    text + &table::aligned(&std::iter::once(heads).chain(lines).collect::<Vec<_>>())
-}
-
-/// The name that a value has in JSON.
-fn word(value: &impl Serialize) -> String {
-    match serde_json::to_value(value) {
-        Ok(serde_json::Value::String(word)) => word,
-        other => format!("{other:?}"),
-    }
+    text + &promise_table(rows)
 }
 
 #[cfg(test)]

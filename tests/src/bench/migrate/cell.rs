@@ -1,0 +1,183 @@
+//! What is measured: a guest that is moved over a link by contenders who take turns.
+//!
+//! All of it is plain data, so that a bench is a list ([`super::plan`]) and a new option of `godwit migrate` is a word in it.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+use crate::network::Rate;
+
+/// The question that a cell belongs to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Part {
+    /// How does Godwit compare with QEMU?
+    AgainstQemu,
+    /// What does each codec gain on each kind of content?
+    Codecs,
+    /// How much memory does the engine take?
+    EngineMemory,
+    /// How long is the downtime when the memory is handed over within the host?
+    HandOver,
+}
+
+/// What lies between the two ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum Link {
+    /// TCP to 127.0.0.1.
+    #[serde(rename = "loopback")]
+    Loopback,
+    /// TCP between network namespaces, at 10 Gbit/s each way.
+    #[serde(rename = "10gbit")]
+    TenGigabit,
+    /// The same at 1 Gbit/s.
+    #[serde(rename = "1gbit")]
+    Gigabit,
+    /// The same at 100 Mbit/s.
+    #[serde(rename = "100mbit")]
+    HundredMegabit,
+    /// A Unix socket.
+    #[serde(rename = "unix-socket")]
+    UnixSocket,
+}
+
+impl Link {
+    /// The speed each way, of those that have one.
+    pub(super) fn rate(self) -> Option<Rate> {
+        match self {
+            Self::Loopback | Self::UnixSocket => None,
+            Self::TenGigabit => Some(Rate::from_megabits(10_000)),
+            Self::Gigabit => Some(Rate::from_megabits(1000)),
+            Self::HundredMegabit => Some(Rate::from_megabits(100)),
+        }
+    }
+}
+
+impl fmt::Display for Link {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Loopback => "loopback",
+            Self::TenGigabit => "10gbit",
+            Self::Gigabit => "1gbit",
+            Self::HundredMegabit => "100mbit",
+            Self::UnixSocket => "unix-socket",
+        })
+    }
+}
+
+/// What a guest's memory holds when it begins.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Content {
+    /// The beginning of a tar of this machine's libraries.
+    Tar,
+    /// Bytes that no codec can shorten, no page like another.
+    Random,
+    /// The same with 16 copies of each page, as far from each other as they can be.
+    Twin,
+    /// Each page full of a word of its own.
+    Colour,
+    /// Zeros that were written, so that the host backs them.
+    Zero,
+}
+
+/// A micro guest.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Guest {
+    /// For people, and unique within a part.
+    pub name: String,
+    /// Its memory.
+    pub memory_mib: u64,
+    /// What its initrd is, and the size of that.
+    pub content: Option<(Content, u64)>,
+    /// Its command line.
+    pub words: String,
+}
+
+/// How QEMU moves a guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Variant {
+    /// One stream of raw pages.
+    Plain,
+    /// Two streams.
+    Multifd,
+    /// Two streams, compressed by zstd at level 1.
+    MultifdZstd,
+    /// The difference from what was last sent.
+    Xbzrle,
+}
+
+impl Variant {
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::Plain, Self::Multifd, Self::MultifdZstd, Self::Xbzrle];
+
+    /// Name of the contender.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Plain => "qemu plain",
+            Self::Multifd => "qemu multifd",
+            Self::MultifdZstd => "qemu multifd+zstd",
+            Self::Xbzrle => "qemu xbzrle",
+        }
+    }
+}
+
+/// Who takes a turn.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Contender {
+    /// Godwit.
+    Godwit {
+        /// What distinguishes it from others of its kind.
+        name: String,
+        /// Words for `godwit migrate`.
+        options: Vec<String>,
+    },
+    /// QEMU.
+    Qemu(Variant),
+    /// One stream of iperf3 while the guest runs in a Godwit: what the link carries on this machine.
+    Iperf,
+}
+
+impl Contender {
+    /// Godwit with words for `godwit migrate`, separated by spaces.
+    pub fn godwit(name: &str, options: &str) -> Self {
+        let options = options.split_whitespace().map(str::to_owned).collect();
+        Self::Godwit { name: name.to_owned(), options }
+    }
+
+    /// Name of the column in tables.
+    pub fn name(&self) -> String {
+        match self {
+            Self::Godwit { name, options: _ } => format!("godwit {name}"),
+            Self::Qemu(variant) => variant.name().to_owned(),
+            Self::Iperf => "iperf3".to_owned(),
+        }
+    }
+}
+
+/// Contenders who take turns at the same guest over the same link, so that what else the machine does hits all of them.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Heat {
+    /// The question.
+    pub part: Part,
+    /// The link.
+    pub link: Link,
+    /// The guest.
+    pub guest: Guest,
+    /// Who takes turns, in this order.
+    pub contenders: Vec<Contender>,
+    /// How many turns each of them has.
+    pub runs: usize,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn links_have_one_name() {
+        for link in [Link::Loopback, Link::TenGigabit, Link::Gigabit, Link::HundredMegabit, Link::UnixSocket] {
+            assert_eq!(serde_json::to_value(link).unwrap(), link.to_string());
+        }
+    }
+}

@@ -1,0 +1,171 @@
+//! The list of what is measured: all of it, or so much that every promise has its figure within minutes.
+
+use super::cell::{Contender, Content, Guest, Heat, Link, Part, Variant};
+
+/// The goal for the downtime of all contenders, in milliseconds.
+pub(super) const MAX_DOWNTIME_MS: u32 = 20;
+/// After so many rounds all contenders pause the guest even if that goal is not met.
+pub(super) const MAX_ROUNDS: u32 = 30;
+
+/// The cache of the engine whose memory is measured.
+pub const ENGINE_CACHE_MIB: u32 = 64;
+
+/// The codecs of the matrix: the column's name, and words for `godwit migrate`. The cache holds the whole content.
+const CODECS: [(&str, &str); 8] = [
+    ("none", "--codec none"),
+    ("zero", "--codec zero"),
+    ("rle", "--codec rle"),
+    ("delta", "--codec delta --delta-cache 512M"),
+    ("dedup", "--codec dedup"),
+    ("lz4", "--codec lz4"),
+    ("zstd", "--codec zstd"),
+    ("auto", "--codec auto --delta-cache 512M"),
+];
+
+/// Size of the matrix' guests: what a link of 1 Gbit/s carries in about a second, and about four.
+const MATRIX_MIB: [u64; 2] = [128, 512];
+/// Of partial updates it is a promise's own.
+const PARTIAL_MIB: u64 = 256;
+
+/// The working set, in MiB, and the pages that the guest writes to it per second, 0 for as many as it can.
+const MAIN: (u64, u64) = (64, 0);
+const WORKING_SETS: [(u64, u64); 6] = [(0, 0), (64, 1000), (64, 10_000), MAIN, (256, 1000), (256, 10_000)];
+/// On the slowest link only what it can carry away.
+const SLOW_WORKING_SETS: [(u64, u64); 2] = [(0, 0), (64, 1000)];
+
+/// Everything, or what the promises need.
+pub fn heats(quick: bool) -> Vec<Heat> {
+    [against_qemu(quick), codecs(quick), vec![engine_memory(quick)], hand_over(quick)].concat()
+}
+
+fn godwit(name: &str, options: &str) -> Contender {
+    Contender::godwit(name, &format!("--max-downtime {MAX_DOWNTIME_MS} --max-rounds {MAX_ROUNDS} {options}"))
+}
+
+fn against_qemu(quick: bool) -> Vec<Heat> {
+    let contenders: Vec<Contender> =
+        [Contender::Iperf, godwit("default", "")].into_iter().chain(Variant::ALL.map(Contender::Qemu)).collect();
+    let heat = |link, (mib, rate): (u64, u64), runs| {
+        let writes = match (mib, rate) {
+            (0, _) => "idle".to_owned(),
+            (_, 0) => "unlimited".to_owned(),
+            (_, rate) => format!("{rate} pages/s"),
+        };
+        let guest = Guest {
+            name: format!("1 GiB, 512 MiB of tar, working set {mib} MiB, {writes}"),
+            memory_mib: 1024,
+            content: Some((Content::Tar, 512)),
+            words: format!("ws={mib}M rate={rate} tick=1"),
+        };
+        Heat { part: Part::AgainstQemu, link, guest, contenders: contenders.clone(), runs }
+    };
+    if quick {
+        return vec![heat(Link::Loopback, MAIN, 3)];
+    }
+    let fast = [Link::Loopback, Link::TenGigabit, Link::Gigabit].into_iter();
+    let fast = fast.flat_map(|link| WORKING_SETS.map(|working_set| heat(link, working_set, 5)));
+    fast.chain(SLOW_WORKING_SETS.map(|working_set| heat(Link::HundredMegabit, working_set, 5))).collect()
+}
+
+/// A guest of the matrix: what it is called and how it works on which content.
+fn matrix_guests(mib: u64) -> Vec<Guest> {
+    let guest = |name: &str, content, mib: u64, words: &str| Guest {
+        name: format!("{name}, {mib} MiB"),
+        memory_mib: mib + 64,
+        content: Some((content, mib)),
+        words: format!("{words} tick=1"),
+    };
+    vec![
+        guest("idle", Content::Tar, mib, "ws=0"),
+        guest("zero-filled", Content::Zero, mib, "over ws=64M rate=1000 pattern=zero"),
+        guest("coloured", Content::Colour, mib, "over ws=64M rate=1000 pattern=colour"),
+        guest("random write", Content::Random, mib, "over ws=64M rate=1000 pattern=shift"),
+        // Not far below what 1 Gbit/s carries as whole pages, so that they take many rounds.
+        guest(
+            "partial update",
+            Content::Random,
+            PARTIAL_MIB,
+            &format!("over ws={PARTIAL_MIB}M rate=25000 pattern=patch"),
+        ),
+        guest("twin pages", Content::Twin, mib, "ws=0"),
+    ]
+}
+
+fn codecs(quick: bool) -> Vec<Heat> {
+    let contender = |&(name, options): &(&str, &str)| godwit(name, options);
+    let all: Vec<Contender> = CODECS.iter().map(contender).collect();
+    let named = |wanted: &[&str]| -> Vec<Contender> {
+        CODECS.iter().filter(|(name, _)| wanted.contains(name)).map(contender).collect()
+    };
+    let heat = |link, guest, contenders, runs| Heat { part: Part::Codecs, link, guest, contenders, runs };
+    if !quick {
+        let links = [Link::Gigabit, Link::TenGigabit, Link::Loopback].into_iter();
+        return links
+            .flat_map(|link| matrix_guests(MATRIX_MIB[1]).into_iter().map(move |guest| (link, guest)))
+            .map(|(link, guest)| heat(link, guest, all.clone(), 5))
+            .collect();
+    }
+    let (partial, others): (Vec<_>, Vec<_>) =
+        matrix_guests(MATRIX_MIB[0]).into_iter().partition(|guest| guest.name.starts_with("partial"));
+    let mut heats: Vec<Heat> = others.iter().map(|guest| heat(Link::Gigabit, guest.clone(), all.clone(), 3)).collect();
+    // Without a memory of what was sent it takes long.
+    heats.extend(partial.into_iter().map(|guest| heat(Link::Gigabit, guest, named(&["none", "delta", "auto"]), 1)));
+    heats.extend(others.into_iter().map(|guest| heat(Link::TenGigabit, guest, named(&["none", "auto"]), 3)));
+    heats
+}
+
+/// Nothing but a little is written in so much memory; what the engine keeps per page would show.
+fn engine_memory(quick: bool) -> Heat {
+    let guest = Guest {
+        name: "16 GiB, sparse".to_owned(),
+        memory_mib: 16 << 10,
+        content: Some((Content::Tar, 128)),
+        words: "ws=64M rate=10000 tick=1".to_owned(),
+    };
+    let contenders = vec![godwit("default", &format!("--delta-cache {ENGINE_CACHE_MIB}M"))];
+    Heat { part: Part::EngineMemory, link: Link::Loopback, guest, contenders, runs: if quick { 1 } else { 3 } }
+}
+
+fn hand_over(quick: bool) -> Vec<Heat> {
+    let heat = |memory_mib: u64| {
+        // Of both the same share is backed.
+        let guest = Guest {
+            name: format!("{memory_mib} MiB"),
+            memory_mib,
+            content: Some((Content::Tar, memory_mib / 8)),
+            words: "ws=64M rate=1000 tick=1".to_owned(),
+        };
+        let contenders = vec![godwit("memory passed", "--memory pass")];
+        Heat { part: Part::HandOver, link: Link::UnixSocket, guest, contenders, runs: if quick { 3 } else { 9 } }
+    };
+    vec![heat(4096), heat(512)]
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    #[test]
+    fn every_cell_is_there_once_and_fits() {
+        for quick in [true, false] {
+            let heats = heats(quick);
+            let mut cells = BTreeSet::new();
+            for heat in &heats {
+                for contender in &heat.contenders {
+                    let cell = (heat.part, heat.link, heat.guest.name.clone(), contender.name());
+                    assert!(cells.insert(cell.clone()), "{cell:?}");
+                }
+                let content = heat.guest.content.map_or(0, |(_, mib)| mib);
+                assert!(content + 64 <= heat.guest.memory_mib && heat.runs > 0, "{heat:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_quick_list_is_part_of_the_questions() {
+        let parts = |quick| heats(quick).iter().map(|heat| heat.part).collect::<BTreeSet<_>>();
+        assert_eq!(parts(true), parts(false));
+    }
+}
