@@ -22,6 +22,7 @@ pub mod routes;
 mod server;
 mod socket;
 mod sse;
+mod transfer;
 
 pub use address::{AddressError, PeerAddress};
 pub use client::{After, Client, ClientError, EventStream};
@@ -34,7 +35,7 @@ pub use identity::{NoRandomness, random_uuid};
 pub use metrics::{Family, Label, MetricKind, MetricName, Metrics, Sample, Value};
 pub use migration::{
     JobId, LastMigration, MigrationMode, MigrationRole, MigrationState, MigrationStatus, MigrationStep, Progress,
-    RoundInfo, StepInfo, SwitchReason, TargetPart,
+    RoundInfo, RoundKinds, StepInfo, SwitchReason, TargetPart,
 };
 pub use millis::Millis;
 pub use openapi::OPENAPI;
@@ -43,9 +44,10 @@ pub use reply::{
     BalloonInfo, DirtyTrackerKind, DiskCounters, DiskInfo, DiskList, JobStarted, NicBackend, NicCounters, NicInfo,
     NicList, Pulsed, Reply, VmInfo,
 };
-pub use request::{Owner, Pulse, Request, ResolveMigration, SetBalloon, StartMigration, Stop, Streams, StreamsError};
+pub use request::{Owner, Pulse, Request, ResolveMigration, SetBalloon, StartMigration, Stop};
 pub use server::{Handler, Limits, Server, ServerError, ServerOptions};
 pub use socket::{ControlSocket, SOCKET_PATH_MAX, SocketError};
+pub use transfer::{Codecs, CodecsError, Packing, Streams, StreamsError};
 pub use uuid::Uuid;
 
 /// The version of the API, part of every path but `/metrics`.

@@ -122,8 +122,29 @@ pub struct RoundInfo {
     pub bytes: u64,
     /// How long it took.
     pub duration_ms: Millis,
+    /// Its pages by the way they went.
+    pub kinds: RoundKinds,
     /// Pages that were dirty again at its end. Only the source knows it before the migration is over.
     pub dirty_pages: u64,
+}
+
+/// The pages of a round, by the way they went.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RoundKinds {
+    /// As they are.
+    pub raw: u64,
+    /// Zero: no content was sent.
+    pub zero: u64,
+    /// Whole, in a block, which may be packed.
+    pub plain: u64,
+    /// As runs of equal words.
+    pub rle: u64,
+    /// As changes to what was sent before.
+    pub delta: u64,
+    /// As references to other pages.
+    pub copy: u64,
+    /// Not at all: the target has them already as they are. Only the source knows of these before the migration is over.
+    pub same: u64,
 }
 
 /// How long one step took.

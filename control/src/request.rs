@@ -7,11 +7,10 @@
 use crate::address::PeerAddress;
 use crate::dirty_rate::MeasureDirtyRate;
 use crate::migration::MigrationMode;
+use crate::transfer::{Codecs, Streams};
 use serde::{Deserialize, Serialize};
-use std::num::{NonZeroU16, NonZeroU32};
-use std::str::FromStr;
+use std::num::NonZeroU32;
 use std::time::Duration;
-use thiserror::Error;
 
 /// One request to a Godwit.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -96,6 +95,12 @@ pub struct StartMigration {
     /// Over how many connections memory goes.
     #[serde(default)]
     pub streams: Streams,
+    /// Which codecs may make pages smaller.
+    #[serde(default)]
+    pub codec: Codecs,
+    /// The most memory for copies of pages that were sent, which the codec `delta` compares with.
+    #[serde(default = "StartMigration::default_delta_cache_bytes")]
+    pub delta_cache_bytes: u64,
 }
 
 impl StartMigration {
@@ -110,6 +115,8 @@ impl StartMigration {
             timeout_s: None,
             verify: false,
             streams: Streams::default(),
+            codec: Codecs::default(),
+            delta_cache_bytes: Self::default_delta_cache_bytes(),
         }
     }
 
@@ -125,6 +132,10 @@ impl StartMigration {
         self.timeout_s.map(|seconds| Duration::from_secs(seconds.get().into()))
     }
 
+    const fn default_delta_cache_bytes() -> u64 {
+        64 << 20
+    }
+
     const fn default_mode() -> MigrationMode {
         MigrationMode::Live
     }
@@ -135,56 +146,6 @@ impl StartMigration {
 
     const fn default_max_rounds() -> NonZeroU32 {
         const { NonZeroU32::new(30).expect("30 is not 0") }
-    }
-}
-
-/// Over how many connections the memory of a guest goes, 1 to [`Streams::MAX`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(try_from = "u16", into = "u16")]
-pub struct Streams(NonZeroU16);
-
-/// A number of streams that is not possible.
-#[derive(Clone, Debug, PartialEq, Eq, Error)]
-#[error("{0} streams: give it 1 to {max}", max = Streams::MAX)]
-pub struct StreamsError(String);
-
-impl Streams {
-    /// The most of them.
-    pub const MAX: u16 = 64;
-}
-
-impl Default for Streams {
-    fn default() -> Self {
-        Self(NonZeroU16::MIN)
-    }
-}
-
-impl TryFrom<u16> for Streams {
-    type Error = StreamsError;
-
-    fn try_from(streams: u16) -> Result<Self, StreamsError> {
-        let possible = NonZeroU16::new(streams).filter(|streams| streams.get() <= Self::MAX);
-        possible.map(Self).ok_or_else(|| StreamsError(streams.to_string()))
-    }
-}
-
-impl FromStr for Streams {
-    type Err = StreamsError;
-
-    fn from_str(text: &str) -> Result<Self, StreamsError> {
-        text.parse().ok().and_then(|streams: u16| streams.try_into().ok()).ok_or_else(|| StreamsError(text.to_owned()))
-    }
-}
-
-impl From<Streams> for u16 {
-    fn from(Streams(streams): Streams) -> Self {
-        streams.get()
-    }
-}
-
-impl From<Streams> for NonZeroU16 {
-    fn from(Streams(streams): Streams) -> Self {
-        streams
     }
 }
 
@@ -263,6 +224,7 @@ mod tests {
             (r#"{"to":"unix:/x","timeout_s":-1}"#, "-1"),
             (r#"{"to":"unix:/x","streams":0}"#, "0 streams: give it 1 to 64"),
             (r#"{"to":"unix:/x","streams":65}"#, "65 streams: give it 1 to 64"),
+            (r#"{"to":"unix:/x","codec":"gzip"}"#, "there is no \"gzip\""),
         ] {
             let error = serde_json::from_str::<StartMigration>(body).unwrap_err().to_string();
             assert!(error.contains(part), "{body}: {error}");

@@ -1,10 +1,23 @@
-//! Filling a `Pages` frame: runs of dirty pages out of the ledger, split into zero and raw ones.
+//! Filling a `Pages` frame: runs of dirty pages out of the ledger, each page in the first code that suits it.
+//!
+//! ```text
+//! never backed ──► Zero        zero ──► Zero        nothing more to try ──► Raw, straight from guest memory
+//! else a copy of the page:  as last sent ──► nothing   little changed ──► Delta   as another page ──► Copy
+//!                           few runs ──► Rle           else ──► Plain, or Raw if nothing has to remember the page
+//! ```
+//! What travels encoded goes into the block, which is packed as a whole at the end.
 
+use crate::codec::block::{MAX_BLOCK, Packer};
+use crate::codec::delta::Compared;
+use crate::codec::{Codecs, Page, PageCode, PageId, Tried, rle};
+use crate::counts::PageCounts;
 use crate::guest::{GuestPages, HostError, exact_slice};
+use crate::history::History;
 use crate::ledger::SharedLedger;
-use crate::region::{PageIndex, PageRun};
-use crate::wire::{MAX_PAGES, MAX_RAW_PAGES, MAX_RECORDS, PageCode, PageRecord, Records};
+use crate::region::{PAGE_SIZE, PageIndex, PageRun};
+use crate::wire::{MAX_PAGES, MAX_RAW_PAGES, MAX_RECORDS, PackedBlock, PageRecord, Pages, Records};
 use crate::zero::{is_zero, pages};
+use vm_memory::VolatileSlice;
 
 /// Zero pages to look at before a frame goes out anyway: 16 MiB, so that an onlooker sees a large empty guest move, and a
 /// wish to cancel is seen.
@@ -12,17 +25,27 @@ const SCAN_PAGES: u32 = 4096;
 
 const _: () = assert!(SCAN_PAGES + MAX_RAW_PAGES <= MAX_PAGES, "a batch fits in a frame");
 
-/// The records of the frame under way. Its buffer is used again for each frame.
+/// How pages are looked at and encoded, in one round.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Method<'a> {
+    pub(crate) codecs: Codecs,
+    pub(crate) history: &'a History,
+    pub(crate) round: u32,
+}
+
+/// The frame under way. Its buffers are used again for each frame.
 #[derive(Debug)]
 pub(crate) struct Batch {
     records: Vec<PageRecord>,
-    raw: u32,
-    zero: u32,
+    block: Vec<u8>,
+    packer: Packer,
+    counts: PageCounts,
 }
 
 impl Batch {
     pub(crate) fn new() -> Self {
-        Self { records: Vec::with_capacity(MAX_RECORDS), raw: 0, zero: 0 }
+        let records = Vec::with_capacity(MAX_RECORDS);
+        Self { records, block: Vec::new(), packer: Packer::new(), counts: PageCounts::default() }
     }
 
     /// The records, in order.
@@ -30,72 +53,128 @@ impl Batch {
         Records::new(&self.records)
     }
 
-    /// Pages in the batch.
-    pub(crate) fn pages(&self) -> u64 {
-        u64::from(self.raw) + u64::from(self.zero)
+    /// How many pages of each kind are in the batch.
+    pub(crate) fn counts(&self) -> PageCounts {
+        self.counts
     }
 
-    /// Those of them that are zero.
-    pub(crate) fn zero_pages(&self) -> u64 {
-        u64::from(self.zero)
+    /// What the frame says.
+    pub(crate) fn pages(&mut self, codecs: &Codecs) -> Pages<'_> {
+        let (code, bytes) = self.packer.pack(codecs.packing, &self.block);
+        let block = PackedBlock { code, unpacked: self.block.len(), bytes };
+        Pages { records: Records::new(&self.records), block }
     }
 
     /// Begins anew and takes dirty pages out of the ledger until the batch is full. `false` if there were none.
     /// Several streams may do so at once.
-    pub(crate) fn fill<G: GuestPages>(&mut self, ledger: &SharedLedger, guest: &G) -> Result<bool, HostError> {
+    pub(crate) fn fill<G: GuestPages>(
+        &mut self,
+        ledger: &SharedLedger,
+        guest: &G,
+        method: Method<'_>,
+    ) -> Result<bool, HostError> {
         self.records.clear();
-        (self.raw, self.zero) = (0, 0);
+        self.block.clear();
+        self.counts = PageCounts::default();
         while let Some(run) = ledger.take_run(self.room()) {
-            let taken = self.add(run, guest)?;
+            let taken = self.add(run, guest, method)?;
             if taken < run.pages {
                 let first = PageIndex(run.first.0 + u64::from(taken));
                 ledger.put_back(PageRun { first, pages: run.pages - taken, ..run });
                 break;
             }
         }
-        Ok(!self.records.is_empty())
+        Ok(self.counts.all() > 0)
     }
 
     /// How many more pages may be looked at, whatever they turn out to be.
     fn room(&self) -> u32 {
-        if self.zero < SCAN_PAGES && self.records.len() < MAX_RECORDS { MAX_RAW_PAGES - self.raw } else { 0 }
+        let scanned = self.counts.zero + self.counts.same;
+        if scanned >= u64::from(SCAN_PAGES) || self.records.len() == MAX_RECORDS {
+            return 0;
+        }
+        let in_block = (MAX_BLOCK - self.block.len()) / PAGE_SIZE;
+        u32::try_from(u64::from(MAX_RAW_PAGES).saturating_sub(self.counts.raw).min(in_block as u64))
+            .expect("the minimum of two small numbers")
     }
 
     /// Adds the pages of a run, as many as there are records for; returns how many.
-    fn add<G: GuestPages>(&mut self, run: PageRun, guest: &G) -> Result<u32, HostError> {
+    fn add<G: GuestPages>(&mut self, run: PageRun, guest: &G, method: Method<'_>) -> Result<u32, HostError> {
         let hole = guest.leading_hole(run).min(run.pages);
-        for offset in 0..hole {
-            if !self.push(run, offset, PageCode::Zero) {
-                return Ok(offset);
+        if hole > 0 {
+            if !self.record(PageRun { pages: hole, ..run }, PageCode::Zero) {
+                return Ok(0);
             }
+            method.history.forget(PageRun { pages: hole, ..run });
         }
         if hole == run.pages {
             return Ok(hole);
         }
         let rest = PageRun { first: PageIndex(run.first.0 + u64::from(hole)), pages: run.pages - hole, ..run };
-        for (page, offset) in pages(&exact_slice(guest, rest)?).zip(hole..) {
-            let code = if is_zero(&page) { PageCode::Zero } else { PageCode::Raw };
-            if !self.push(run, offset, code) {
+        for (page, (offset, id)) in pages(&exact_slice(guest, rest)?).zip((hole..).zip(rest.ids())) {
+            // A page must not be looked up and then not be sent, so there must be a record for it, whatever it turns out to
+            // be.
+            if self.records.len() == MAX_RECORDS {
                 return Ok(offset);
             }
+            self.look_at(&page, id, method);
         }
         Ok(run.pages)
     }
 
-    /// Adds one page. `false` if it needs a record and there is none left.
-    fn push(&mut self, run: PageRun, offset: u32, code: PageCode) -> bool {
-        let page = PageIndex(run.first.0 + u64::from(offset));
-        let extended = self.records.last_mut().is_some_and(|last| last.extend(run.region, page, code));
+    /// Adds one page, for which there is room.
+    fn look_at(&mut self, page: &VolatileSlice<'_>, id: PageId, method: Method<'_>) {
+        let Method { codecs, history, round } = method;
+        let one = PageRun { region: id.region, first: id.page, pages: 1 };
+        if codecs.zero && is_zero(page) {
+            history.forget(one);
+            self.record(one, PageCode::Zero);
+            return;
+        }
+        if codecs.leave_raw() && !codecs.rle {
+            self.record(one, PageCode::Raw);
+            return;
+        }
+        let mut content: Page = [0; PAGE_SIZE];
+        page.copy_to(&mut content);
+        let code = match history.compare(id, &content, round, &mut self.block) {
+            Compared::Same => {
+                self.counts.same += 1;
+                return;
+            }
+            Compared::Written => PageCode::Delta,
+            Compared::Declined => self.encode_whole(&content, id, method),
+        };
+        self.record(one, code);
+    }
+
+    /// Encodes a page without regard to what it was before.
+    fn encode_whole(&mut self, content: &Page, id: PageId, method: Method<'_>) -> PageCode {
+        let Method { codecs, history, round: _ } = method;
+        if let Some(reference) = history.find(id, content) {
+            reference.encode(&mut self.block);
+            return PageCode::Copy;
+        }
+        if codecs.rle && rle::encode(content, &mut self.block) == Tried::Written {
+            return PageCode::Rle;
+        }
+        if codecs.leave_raw() {
+            return PageCode::Raw;
+        }
+        self.block.extend(content);
+        PageCode::Plain
+    }
+
+    /// Notes a run. `false` if it needs a record and there is none left.
+    fn record(&mut self, run: PageRun, code: PageCode) -> bool {
+        let extended = self.records.last_mut().is_some_and(|last| last.extend(run, code));
         if !extended {
             if self.records.len() == MAX_RECORDS {
                 return false;
             }
-            self.records.push(PageRecord::new(PageRun { first: page, pages: 1, ..run }, code));
+            self.records.push(PageRecord::new(run, code));
         }
-        match code {
-            PageCode::Raw => self.raw += 1,
-            PageCode::Zero => self.zero += 1,
-        }
+        self.counts.add(code, run.pages.into());
         true
     }
 }
@@ -107,17 +186,25 @@ mod tests {
     use crate::ledger::DirtyLedger;
     use crate::pair::world::{FakeGuest, HOLE, REGIONS, World};
     use crate::region::RegionId;
+    use std::sync::LazyLock;
 
     fn fill(batch: &mut Batch, ledger: &SharedLedger, guest: &FakeGuest) -> Vec<(PageRun, PageCode)> {
-        assert!(batch.fill(ledger, &guest.memory()).unwrap());
+        assert!(batch.fill(ledger, &guest.memory(), zeros()).unwrap());
         let records: Vec<_> = batch.records().iter().collect();
         let pages = |wanted: Option<PageCode>| {
             let fits = |code| wanted.is_none_or(|wanted| wanted == code);
             records.iter().filter(|record| fits(record.1)).map(|(run, _)| u64::from(run.pages)).sum::<u64>()
         };
-        assert_eq!((batch.pages(), batch.zero_pages()), (pages(None), pages(Some(PageCode::Zero))));
+        let counts = batch.counts();
+        assert_eq!((counts.sent(), counts.zero), (pages(None), pages(Some(PageCode::Zero))));
         assert!(pages(Some(PageCode::Raw)) <= u64::from(MAX_RAW_PAGES) && records.len() <= MAX_RECORDS);
         records
+    }
+
+    static NONE: LazyLock<History> = LazyLock::new(History::none);
+
+    fn zeros() -> Method<'static> {
+        Method { codecs: Codecs::ZERO, history: &NONE, round: 1 }
     }
 
     fn still() -> (FakeGuest, SharedLedger) {
@@ -141,7 +228,7 @@ mod tests {
         }
         let all = (0_u16..).zip(REGIONS).flat_map(|(region, layout)| (0..layout.pages).map(move |page| (region, page)));
         assert_eq!(seen, all.collect::<Vec<_>>());
-        assert!(!batch.fill(&ledger, &guest.memory()).unwrap() && batch.pages() == 0);
+        assert!(!batch.fill(&ledger, &guest.memory(), zeros()).unwrap() && batch.counts().all() == 0);
     }
 
     #[test]
@@ -189,6 +276,6 @@ mod tests {
         let (guest, ledger) = still();
         let guest = FakeGuest { fails: Some("slice"), ..guest };
         ledger.lock().mark_all();
-        assert!(Batch::new().fill(&ledger, &guest.memory()).is_err());
+        assert!(Batch::new().fill(&ledger, &guest.memory(), zeros()).is_err());
     }
 }

@@ -4,7 +4,7 @@
 use crate::digest::{Transcript, TranscriptDigest};
 use crate::guest::HostError;
 use crate::link::{Link, LinkError};
-use crate::wire::{Frame, FrameError, HEADER_BYTES, Header, Records};
+use crate::wire::{Frame, FrameError, HEADER_BYTES, Header, Pages};
 use std::error::Error;
 use std::fmt::Write as _;
 use std::time::Duration;
@@ -49,8 +49,8 @@ impl<'l, L: Link> Channel<'l, L> {
     }
 
     /// Sends a `Pages` frame and the bytes of its raw runs.
-    pub(crate) fn send_pages(&mut self, records: Records<'_>, raw: &[VolatileSlice<'_>]) -> Result<(), LinkError> {
-        self.send_with(&Frame::Pages(records), raw)
+    pub(crate) fn send_pages(&mut self, pages: Pages<'_>, raw: &[VolatileSlice<'_>]) -> Result<(), LinkError> {
+        self.send_with(&Frame::Pages(pages), raw)
     }
 
     fn send_with(&mut self, frame: &Frame<'_>, payload: &[VolatileSlice<'_>]) -> Result<(), LinkError> {

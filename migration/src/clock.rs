@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 /// A clock that never goes back.
-pub trait Clock {
+pub trait Clock: Sync {
     /// Time since some fixed moment in the past.
     fn now(&self) -> Duration;
 

@@ -28,7 +28,9 @@ pub mod wire;
 
 mod batch;
 mod channel;
+mod counts;
 mod digest;
+mod history;
 mod page_set;
 mod zero;
 
@@ -39,7 +41,9 @@ pub use bell::Bell;
 pub use cancel::CancelToken;
 pub use channel::in_words;
 pub use clock::{Clock, HostClock};
+pub use codec::Codecs;
 pub use convergence::{Goal, SwitchReason, Unreachable};
+pub use counts::PageCounts;
 pub use digest::TranscriptDigest;
 pub use guest::{Claim, Claims, Description, GuestPages, HostError, Offer, Refusal, SourceGuest, TargetHost};
 pub use ledger::DirtyLedger;

@@ -29,6 +29,11 @@ impl PageSet {
         }
     }
 
+    /// Takes every page out.
+    pub(crate) fn clear(&self) {
+        self.0.iter().flatten().for_each(|word| word.store(0, Ordering::Relaxed));
+    }
+
     /// Whether a page is in the set.
     pub(crate) fn contains(&self, region: RegionId, page: u64) -> bool {
         let word = self.word(region, page).map_or(0, |word| word.load(Ordering::Acquire));
@@ -58,6 +63,8 @@ mod tests {
         #[test]
         fn exactly_the_pages_added_are_in_it(runs in prop::collection::vec((0u16..2, 0u64..200, 1u32..150), 0..6)) {
             let set = PageSet::new([400, 400]);
+            set.add(PageRun { region: RegionId(0), first: PageIndex(0), pages: 1 });
+            set.clear();
             for &(region, first, pages) in &runs {
                 set.add(PageRun { region: RegionId(region), first: PageIndex(first), pages });
             }

@@ -3,6 +3,7 @@
 //! A region is one contiguous piece of guest RAM (one KVM slot, one mapping). A run never crosses a region, so page data
 //! is always read into and written from exactly one mapping.
 
+use crate::codec::PageId;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use vm_memory::GuestAddress;
@@ -48,6 +49,12 @@ pub struct PageRun {
 }
 
 impl PageRun {
+    /// Each of its pages.
+    pub(crate) fn ids(self) -> impl Iterator<Item = PageId> {
+        let Self { region, first, pages } = self;
+        (first.0..first.0.saturating_add(pages.into())).map(move |page| PageId { region, page: PageIndex(page) })
+    }
+
     /// Bytes of guest memory in the run.
     #[must_use]
     pub fn bytes(&self) -> usize {

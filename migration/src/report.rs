@@ -5,6 +5,7 @@
 //! the source's `Report`. Where that was lost, the target's report has what the target saw itself, and no downtime.
 
 use crate::convergence::SwitchReason;
+use crate::counts::PageCounts;
 use crate::progress::Phase;
 use crate::wire::{Mode, Running};
 use serde::{Deserialize, Serialize};
@@ -42,6 +43,8 @@ pub struct RoundReport {
     pub pages: u64,
     /// Those of them that were zero, so that no content was sent.
     pub zero_pages: u64,
+    /// All of them by the way they went, and those that did not have to go.
+    pub kinds: PageCounts,
     /// Bytes that went over the link.
     pub bytes: u64,
     /// How long the round took.
@@ -166,6 +169,15 @@ mod tests {
       "round": 1,
       "pages": 10,
       "zero_pages": 4,
+      "kinds": {
+        "raw": 6,
+        "zero": 4,
+        "plain": 0,
+        "rle": 0,
+        "delta": 0,
+        "copy": 0,
+        "same": 0
+      },
       "bytes": 24612,
       "ms": 1.5,
       "dirty_at_end": 2
@@ -192,7 +204,9 @@ mod tests {
 
     #[test]
     fn golden_json() {
-        let rounds = vec![RoundReport { round: 1, pages: 10, zero_pages: 4, bytes: 24_612, ms: 1.5, dirty_at_end: 2 }];
+        let kinds = PageCounts { raw: 6, zero: 4, ..PageCounts::default() };
+        let bytes = 24_612;
+        let rounds = vec![RoundReport { round: 1, pages: 10, zero_pages: 4, kinds, bytes, ms: 1.5, dirty_at_end: 2 }];
         let report = Report {
             role: Role::Source,
             session: Uuid::from_u128(1),

@@ -35,7 +35,7 @@ fn types() -> BTreeMap<&'static str, Pass> {
     types! {
         VmInfo Phase DirtyTrackerKind Stop BalloonInfo SetBalloon DiskList DiskInfo DiskCounters NicList NicInfo
         NicBackend NicCounters StartMigration PeerAddress MigrationMode MigrationRole MigrationState MigrationStep
-        JobStarted LastMigration MigrationStatus Progress RoundInfo StepInfo SwitchReason TargetPart ResolveMigration Owner Pulse Pulsed Happening Event
+        JobStarted LastMigration MigrationStatus Progress RoundInfo RoundKinds StepInfo SwitchReason TargetPart ResolveMigration Owner Pulse Pulsed Happening Event
         EndReason MeasureDirtyRate LastDirtyRate MeasurementStatus MeasurementState DirtyRate MemorySample MeasurementCost ErrorBody Code
     }
 }
@@ -242,6 +242,8 @@ fn what_the_types_write_is_described() {
         timeout_s: Some(one),
         verify: true,
         streams: Streams::default(),
+        codec: Codecs::default(),
+        delta_cache_bytes: 0,
     };
     described("StartMigration", json!(start));
     let counters = DiskCounters::default();

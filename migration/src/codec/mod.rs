@@ -33,6 +33,7 @@ mod conformance;
 mod samples;
 
 use crate::region::{PAGE_SIZE, PageIndex, RegionId};
+use block::Packing;
 use std::fmt;
 use thiserror::Error;
 
@@ -133,6 +134,33 @@ impl BlockCode {
 impl fmt::Display for BlockCode {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         fmt::Debug::fmt(self, f)
+    }
+}
+
+/// Which codecs a source may use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Codecs {
+    /// Zero pages are told, not sent. Without it only pages that the host never backed are.
+    pub zero: bool,
+    /// Pages of few runs of equal words.
+    pub rle: bool,
+    /// What changed in a page since it was last sent.
+    pub delta: bool,
+    /// Pages that are equal to others.
+    pub dedup: bool,
+    /// What is left, packed together.
+    pub packing: Packing,
+}
+
+impl Codecs {
+    /// Every page as it is.
+    pub const NONE: Self = Self { zero: false, rle: false, delta: false, dedup: false, packing: Packing::Stored };
+    /// Zero pages are told, others sent as they are.
+    pub const ZERO: Self = Self { zero: true, ..Self::NONE };
+
+    /// Whether a page that nothing makes smaller is best sent straight from guest memory, which takes no copy.
+    pub(crate) fn leave_raw(&self) -> bool {
+        !self.delta && !self.dedup && self.packing == Packing::Stored
     }
 }
 

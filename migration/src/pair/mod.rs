@@ -1,6 +1,7 @@
 //! Whole migrations in memory: a fake guest, a fake host, and a link with virtual time and bandwidth and a fault wherever
 //! a test wants one. The source runs in the test's thread and the target in another; neither ever waits for real time.
 
+mod codecs;
 mod faults;
 mod link;
 mod moves;

@@ -4,7 +4,7 @@
 use super::error::SourceError;
 use super::streams::{Streams, send_batch};
 use super::{Plan, Surroundings};
-use crate::batch::Batch;
+use crate::batch::{Batch, Method};
 use crate::cancel::CancelToken;
 use crate::channel::{Channel, TICK, in_words};
 use crate::clock::Clock;
@@ -250,13 +250,14 @@ impl<'a, L: Link> Drive<'a, L> {
         let of = streams.ledger.lock().dirty_pages();
         let (start, bytes_before, in_flight_before) = (self.clock.now(), self.bytes(), self.in_flight());
         let moved = |drive: &mut Self| {
-            let (pages, bytes) = (streams.sent.pages(), drive.bytes());
+            let (pages, bytes) = (streams.sent.pages().all(), drive.bytes());
             let bytes_per_second = per_second(bytes - bytes_before, ms(drive.clock.now() - start));
             drive.observer.on(Progress::Moved(Moved { round, pages, of, bytes, bytes_per_second }));
         };
         streams.order(round);
-        while send_batch(&mut self.channel, &mut self.batch, &streams.ledger, memory).map_err(|e| self.told(e))? {
-            streams.sent.add(&self.batch);
+        let method = streams.method(round);
+        while self.send_batch(memory, method)? {
+            streams.sent.add(self.batch.counts());
             moved(self);
             self.check()?;
         }
@@ -264,12 +265,13 @@ impl<'a, L: Link> Drive<'a, L> {
             moved(self);
         }
         self.check()?;
-        let (pages, zero_pages) = (streams.sent.pages(), streams.sent.zero_pages());
+        let kinds = streams.sent.pages();
+        let (pages, zero_pages) = (kinds.sent(), kinds.zero);
         self.send(&Frame::RoundEnd(RoundEnd { round, pages, zero_pages }))?;
         let (time, bytes) = (self.clock.now() - start, self.bytes() - bytes_before);
         let in_flight = self.in_flight();
         self.trend.sent((bytes + in_flight_before).saturating_sub(in_flight), time);
-        Ok(RoundReport { round, pages, zero_pages, bytes, ms: ms(time), dirty_at_end: 0 })
+        Ok(RoundReport { round, pages, zero_pages, kinds, bytes, ms: ms(time), dirty_at_end: 0 })
     }
 
     /// Waits a moment for the further streams; whether they still send.
@@ -286,11 +288,11 @@ impl<'a, L: Link> Drive<'a, L> {
         Ok(true)
     }
 
-    /// Explains a failure that may be the link's.
-    fn told(&mut self, failure: SourceError) -> SourceError {
-        match failure {
-            SourceError::Link(error) => self.explain(error),
-            other => other,
+    /// Sends one batch over the first stream. `false` if no page was left.
+    fn send_batch<P: GuestPages>(&mut self, memory: &P, method: Method<'_>) -> Result<bool, SourceError> {
+        match send_batch(&mut self.channel, &mut self.batch, &self.streams.ledger, memory, method) {
+            Err(SourceError::Link(error)) => Err(self.explain(error)),
+            sent => sent,
         }
     }
 

@@ -23,10 +23,10 @@ pub use error::SourceError;
 use crate::cancel::CancelToken;
 use crate::channel::host_error;
 use crate::clock::Clock;
+use crate::codec::Codecs;
 use crate::convergence::Goal;
 use crate::digest;
 use crate::guest::{Description, SourceGuest};
-use crate::ledger::DirtyLedger;
 use crate::link::{Link, LinkError};
 use crate::progress::{Observer, Phase};
 use crate::region::{MAX_REGION_PAGES, MAX_REGIONS, RamRegion};
@@ -62,16 +62,29 @@ pub struct Plan {
     pub timeout: Option<Duration>,
     /// How long to wait for an answer, or for a byte to move.
     pub patience: Duration,
-    /// Over how many streams pages go, at most [`MAX_STREAMS`].
+    /// Over how many streams pages go, at most [`MAX_STREAMS`](crate::wire::MAX_STREAMS).
     pub streams: NonZeroU16,
+    /// How pages may be made smaller.
+    pub codecs: Codecs,
+    /// The most memory for copies of pages that were sent, where the codecs need any, in bytes.
+    pub delta_cache: usize,
 }
 
 impl Plan {
     /// A plan with usual values.
     #[must_use]
     pub fn new(session: Uuid, mode: Mode) -> Self {
-        let (goal, patience) = (Goal::default(), Duration::from_secs(30));
-        Self { session, mode, verify: false, goal, timeout: None, patience, streams: NonZeroU16::MIN }
+        Self {
+            session,
+            mode,
+            verify: false,
+            goal: Goal::default(),
+            timeout: None,
+            patience: Duration::from_secs(30),
+            streams: NonZeroU16::MIN,
+            codecs: Codecs::ZERO,
+            delta_cache: 64 << 20,
+        }
     }
 }
 
@@ -155,7 +168,7 @@ pub fn run<G: SourceGuest, L: Link>(
     around: Surroundings<'_>,
     further: Further<'_, L>,
 ) -> Outcome<G> {
-    let streams = Streams::new();
+    let streams = Streams::new(plan.codecs);
     let Surroundings { clock, cancel, observer } = around;
     let Further { dial, thread } = further;
     thread::scope(|scope| {
@@ -210,8 +223,13 @@ impl<G: SourceGuest> Precopy<G> {
         match offered {
             Ok((Description { regions, .. }, claims)) => {
                 let pages: Vec<_> = regions.iter().map(|region| region.pages).collect();
-                *drive.streams.ledger.lock() = DirtyLedger::new(&pages);
-                Ok(Self { custody, regions, round: 0, claims })
+                match drive.streams.prepare(&pages, drive.plan.delta_cache) {
+                    Ok(()) => Ok(Self { custody, regions, round: 0, claims }),
+                    Err(source) => {
+                        let cause = SourceError::Guest { step: "get a ledger of its pages", source };
+                        Err(fail(custody, cause, drive))
+                    }
+                }
             }
             Err(cause) => Err(fail(custody, cause, drive)),
         }
@@ -384,6 +402,6 @@ fn fits(what: &'static str, found: u64, max: u64) -> Result<(), SourceError> {
 
 fn hello<'a>(plan: &Plan, description: &'a Description) -> Hello<'a> {
     let Description { vm, regions, machine } = description;
-    let Plan { session, mode, verify, goal: _, timeout: _, patience: _, streams } = *plan;
+    let Plan { session, mode, verify, goal: _, timeout: _, patience: _, streams, codecs: _, delta_cache: _ } = *plan;
     Hello { session, vm: *vm, mode, verify, streams: streams.get(), build: BUILD, regions: regions.clone(), machine }
 }

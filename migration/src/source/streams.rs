@@ -6,17 +6,20 @@
 //! Dropping [`Crew`] cuts the links, so that no thread outlives the migration, whatever its target does.
 
 use super::error::SourceError;
-use crate::batch::Batch;
+use crate::batch::{Batch, Method};
 use crate::bell::Bell;
 use crate::channel::{Channel, TICK};
+use crate::codec::Codecs;
+use crate::counts::PageCounts;
 use crate::digest::TranscriptDigest;
-use crate::guest::{GuestPages, exact_slice};
+use crate::guest::{GuestPages, HostError, exact_slice};
+use crate::history::History;
 use crate::ledger::{DirtyLedger, SharedLedger};
 use crate::link::{Cutter, Link};
 use crate::wire::{Frame, Join, RoundEnd};
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::{Builder, Scope};
 use std::time::Duration;
 use uuid::Uuid;
@@ -26,6 +29,8 @@ use uuid::Uuid;
 pub(super) struct Streams {
     /// The pages that the target lacks.
     pub(super) ledger: SharedLedger,
+    codecs: Codecs,
+    history: OnceLock<History>,
     /// What the round under way has sent, over all streams.
     pub(super) sent: Sent,
     orders: Mutex<Orders>,
@@ -56,25 +61,24 @@ struct Share {
 /// Pages and bytes of a round so far.
 #[derive(Debug, Default)]
 pub(super) struct Sent {
-    pages: AtomicU64,
-    zero_pages: AtomicU64,
+    pages: Mutex<PageCounts>,
     /// Bytes of the further streams, in all rounds.
     further_bytes: AtomicU64,
 }
 
 impl Sent {
     /// Adds what a frame held.
-    pub(super) fn add(&self, batch: &Batch) {
-        self.pages.fetch_add(batch.pages(), Ordering::Relaxed);
-        self.zero_pages.fetch_add(batch.zero_pages(), Ordering::Relaxed);
+    pub(super) fn add(&self, pages: PageCounts) {
+        *self.lock() += pages;
     }
 
-    pub(super) fn pages(&self) -> u64 {
-        self.pages.load(Ordering::Relaxed)
+    /// The pages of the round so far.
+    pub(super) fn pages(&self) -> PageCounts {
+        *self.lock()
     }
 
-    pub(super) fn zero_pages(&self) -> u64 {
-        self.zero_pages.load(Ordering::Relaxed)
+    fn lock(&self) -> MutexGuard<'_, PageCounts> {
+        self.pages.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Bytes that went over the further streams so far, in all rounds.
@@ -84,10 +88,12 @@ impl Sent {
 }
 
 impl Streams {
-    pub(super) fn new() -> Self {
+    pub(super) fn new(codecs: Codecs) -> Self {
         let orders = Orders { round: 0, over: false, busy: 0, failure: None, shares: Vec::new() };
         Self {
             ledger: SharedLedger::new(DirtyLedger::new(&[])),
+            codecs,
+            history: OnceLock::new(),
             sent: Sent::default(),
             orders: Mutex::new(orders),
             ordered: Bell::new(),
@@ -95,12 +101,25 @@ impl Streams {
         }
     }
 
+    /// Makes the ledger and the memory of what was sent, for regions of these lengths in pages.
+    pub(super) fn prepare(&self, pages_per_region: &[u64], delta_cache: usize) -> Result<(), HostError> {
+        *self.ledger.lock() = DirtyLedger::new(pages_per_region);
+        let history = History::new(&self.codecs, delta_cache, pages_per_region)?;
+        self.history.get_or_init(|| history);
+        Ok(())
+    }
+
+    /// How the pages of a round are encoded.
+    pub(super) fn method(&self, round: u32) -> Method<'_> {
+        Method { codecs: self.codecs, history: self.history.get_or_init(History::none), round }
+    }
+
     /// Has every further stream send its share of a round.
     pub(super) fn order(&self, round: u32) {
         let mut orders = self.lock();
         (orders.round, orders.busy) = (round, orders.shares.len());
-        self.sent.pages.store(0, Ordering::Relaxed);
-        self.sent.zero_pages.store(0, Ordering::Relaxed);
+        *self.sent.lock() = PageCounts::default();
+        self.method(round).history.begin_round(round, &self.ledger.lock());
         drop(orders);
         self.ordered.ring();
     }
@@ -243,14 +262,14 @@ impl<L: Link, P: GuestPages> Worker<'_, '_, L, P> {
     }
 
     fn round(&mut self, round: u32) -> Result<(), SourceError> {
-        let (mut pages, mut zero_pages) = (0, 0);
-        while send_batch(&mut self.channel, &mut self.batch, &self.streams.ledger, &self.memory)? {
-            pages += self.batch.pages();
-            zero_pages += self.batch.zero_pages();
-            self.streams.sent.add(&self.batch);
+        let (mut pages, method) = (PageCounts::default(), self.streams.method(round));
+        while send_batch(&mut self.channel, &mut self.batch, &self.streams.ledger, &self.memory, method)? {
+            pages += self.batch.counts();
+            self.streams.sent.add(self.batch.counts());
             self.count();
         }
-        self.channel.send(&Frame::RoundEnd(RoundEnd { round, pages, zero_pages })).map_err(SourceError::Link)?;
+        let end = RoundEnd { round, pages: pages.sent(), zero_pages: pages.zero };
+        self.channel.send(&Frame::RoundEnd(end)).map_err(SourceError::Link)?;
         self.count();
         let share = Share { transcript: self.channel.sent(), in_flight: self.channel.link().in_flight() };
         self.streams.finish(self.stream, share);
@@ -270,12 +289,15 @@ pub(super) fn send_batch<L: Link, P: GuestPages>(
     batch: &mut Batch,
     ledger: &SharedLedger,
     memory: &P,
+    method: Method<'_>,
 ) -> Result<bool, SourceError> {
     let failed = |source| SourceError::Guest { step: "give access to its memory", source };
-    if !batch.fill(ledger, memory).map_err(failed)? {
+    if !batch.fill(ledger, memory, method).map_err(failed)? {
         return Ok(false);
     }
-    let raw: Result<Vec<_>, _> = batch.records().raw_runs().map(|run| exact_slice(memory, run)).collect();
-    channel.send_pages(batch.records(), &raw.map_err(failed)?).map_err(SourceError::Link)?;
+    if batch.counts().sent() > 0 {
+        let raw: Result<Vec<_>, _> = batch.records().raw_runs().map(|run| exact_slice(memory, run)).collect();
+        channel.send_pages(batch.pages(&method.codecs), &raw.map_err(failed)?).map_err(SourceError::Link)?;
+    }
     Ok(true)
 }

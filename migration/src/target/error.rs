@@ -2,6 +2,7 @@
 //! in these words.
 
 use crate::channel::ChannelError;
+use crate::codec::Malformed;
 use crate::guest::{HostError, Refusal};
 use crate::link::LinkError;
 use crate::region::{PageIndex, RegionId};
@@ -55,6 +56,17 @@ pub enum Fault {
         first: PageIndex,
         /// How many.
         pages: u32,
+    },
+    /// The source sent pages in an encoding that is none.
+    #[error("The source sent pages that cannot be decoded")]
+    Malformed(#[source] Malformed),
+    /// The source refers to a page of the round that does not come.
+    #[error("The source refers to page {page} of memory region {region}, which does not come")]
+    NoOriginal {
+        /// The region.
+        region: RegionId,
+        /// The page.
+        page: PageIndex,
     },
     /// The source does not come to an end.
     #[error("The source sent more than {limit} rounds; it should switch earlier (--max-rounds)")]
@@ -113,6 +125,8 @@ impl Fault {
             | Self::Frame(_)
             | Self::OutOfTurn { .. }
             | Self::NoSuchPages { .. }
+            | Self::Malformed(_)
+            | Self::NoOriginal { .. }
             | Self::TooManyRounds { .. }
             | Self::Differs { .. }
             | Self::MemoryDiffers { .. } => true,

@@ -1,8 +1,9 @@
 //! The target while memory comes in, and its check of the whole.
 
 use super::error::Fault;
-use super::intake::{Intake, Share, memory, same};
+use super::intake::{Intake, compare, memory, same};
 use crate::clock::Clock;
+use crate::counts::PageCounts;
 use crate::digest::{self, TranscriptDigest};
 use crate::guest::GuestPages;
 use crate::region::RegionId;
@@ -40,7 +41,7 @@ pub struct Filling<M> {
     pub(super) incoming: Incoming,
     pub(super) intake: Arc<Intake<M>>,
     /// What the first stream has brought in the round under way.
-    share: Share,
+    share: PageCounts,
     started: Duration,
     bytes_before: u64,
 }
@@ -76,10 +77,10 @@ impl<M: GuestPages> Filling<M> {
         let Hello { session, vm, mode, verify, streams, build: _, regions, machine: _ } = hello;
         let incoming = Incoming { session, vm, mode, verify, started: at.now, rounds: Vec::new() };
         let intake = Arc::new(Intake::new(memory, regions, streams));
-        Self { incoming, intake, share: Share::default(), started: at.now, bytes_before: at.bytes }
+        Self { incoming, intake, share: PageCounts::default(), started: at.now, bytes_before: at.bytes }
     }
 
-    /// Takes the records of a frame of the first stream, and expects the bytes of the raw ones.
+    /// Takes the records of a frame of the first stream. What it holds is to be installed next.
     pub(super) fn pages(&mut self, records: Records<'_>) -> Result<(), Fault> {
         self.intake.take(records, &mut self.share)
     }
@@ -90,7 +91,7 @@ impl<M: GuestPages> Filling<M> {
         if self.incoming.rounds.len() >= MAX_ROUNDS {
             return Err(Fault::TooManyRounds { limit: MAX_ROUNDS });
         }
-        self.share = Share::default();
+        self.share = PageCounts::default();
         let round = self.intake.end_first();
         Ok(AwaitStreams { filling: self, round, end })
     }
@@ -108,7 +109,7 @@ impl<M: GuestPages> Filling<M> {
             same("The number of frames", here.frames, there.frames)?;
             same("The digest of all frames", here.digest, there.digest)?;
         }
-        same("The number of pages after the last round", self.share.pages, 0)?;
+        same("The number of pages after the last round", self.share.sent(), 0)?;
         let regions = self.intake.regions();
         let digests = if self.incoming.verify { regions.len() } else { 0 };
         same("The number of digests of memory", digests as u64, seal.memory.len() as u64)?;
@@ -150,10 +151,10 @@ impl<M: GuestPages> AwaitStreams<M> {
     pub(super) fn round_done(self, at: Moment<'_>) -> Result<(Box<Filling<M>>, RoundReport), Fault> {
         let Self { mut filling, round, end } = self;
         let came = filling.intake.ended(round).unwrap_or_default();
-        came.compare(end, round)?;
-        let Share { pages, zero_pages } = came;
+        compare(came, end, round)?;
+        let (pages, zero_pages) = (came.sent(), came.zero);
         let (bytes, ms) = (at.bytes - filling.bytes_before, ms(at.now - filling.started));
-        let report = RoundReport { round, pages, zero_pages, bytes, ms, dirty_at_end: 0 };
+        let report = RoundReport { round, pages, zero_pages, kinds: came, bytes, ms, dirty_at_end: 0 };
         filling.incoming.rounds.push(report);
         (filling.started, filling.bytes_before) = (at.now, at.bytes);
         Ok((filling, report))

@@ -6,16 +6,15 @@
 use super::error::Fault;
 use crate::bell::Bell;
 use crate::channel::TICK;
+use crate::counts::PageCounts;
 use crate::digest::TranscriptDigest;
-use crate::guest::{GuestPages, HostError, exact_slice};
+use crate::guest::{GuestPages, HostError};
 use crate::link::Link;
 use crate::page_set::PageSet;
-use crate::region::{PageIndex, PageRun, RamRegion};
-use crate::wire::{PageCode, Records, RoundEnd};
-use crate::zero::{clear, pages};
+use crate::region::{PageRun, RamRegion};
+use crate::wire::{Records, RoundEnd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use vm_memory::VolatileSlice;
 
 /// The memory of one incoming guest.
 #[derive(Debug)]
@@ -23,7 +22,9 @@ pub(super) struct Intake<M> {
     memory: M,
     regions: Vec<RamRegion>,
     /// The pages that are not zero any more.
-    written: PageSet,
+    pub(super) written: PageSet,
+    /// The pages that came in a block in the round under way.
+    pub(super) arrived: PageSet,
     round: Mutex<Round>,
     /// Rings when a round is over, or a stream has failed, or nothing more is expected.
     pub(super) news: Bell,
@@ -33,8 +34,7 @@ pub(super) struct Intake<M> {
 
 #[derive(Debug, Default)]
 struct Came {
-    pages: AtomicU64,
-    zero_pages: AtomicU64,
+    pages: Mutex<PageCounts>,
     further_bytes: AtomicU64,
 }
 
@@ -44,7 +44,7 @@ struct Round {
     /// Streams that have ended the round.
     ended: usize,
     /// What the round before has brought over all streams.
-    last: Share,
+    last: PageCounts,
     /// No more is expected of the further streams.
     over: bool,
     failure: Option<Fault>,
@@ -52,22 +52,16 @@ struct Round {
     transcripts: Vec<TranscriptDigest>,
 }
 
-/// Pages that came in a round, over one stream or all of them.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(super) struct Share {
-    pub(super) pages: u64,
-    pub(super) zero_pages: u64,
-}
-
 impl<M: GuestPages> Intake<M> {
     /// Fresh memory, which `streams` streams will fill.
     pub(super) fn new(memory: M, regions: Vec<RamRegion>, streams: u16) -> Self {
         let none = TranscriptDigest { frames: 0, digest: 0 };
         let transcripts = vec![none; usize::from(streams) - 1];
-        let round = Round { number: 1, ended: 0, last: Share::default(), over: false, failure: None, transcripts };
+        let round = Round { number: 1, ended: 0, last: PageCounts::default(), over: false, failure: None, transcripts };
         let written = PageSet::new(regions.iter().map(|region| region.pages));
+        let arrived = PageSet::new(regions.iter().map(|region| region.pages));
         let (round, news, came) = (Mutex::new(round), Bell::new(), Came::default());
-        Self { memory, regions, written, round, news, came }
+        Self { memory, regions, written, arrived, round, news, came }
     }
 
     pub(super) fn memory(&self) -> &M {
@@ -83,34 +77,20 @@ impl<M: GuestPages> Intake<M> {
         u16::try_from(self.lock().transcripts.len()).expect("a number of 16 bits less one")
     }
 
-    /// Checks the records of one frame and makes their zero pages zero. The bytes of the raw ones come next, into
-    /// [`raw`](Self::raw).
-    pub(super) fn take(&self, records: Records<'_>, share: &mut Share) -> Result<(), Fault> {
-        let mut frame = Share::default();
+    /// Checks the records of one frame, and counts its pages.
+    pub(super) fn take(&self, records: Records<'_>, share: &mut PageCounts) -> Result<(), Fault> {
+        let mut frame = PageCounts::default();
         for (run, code) in records.iter() {
             self.check(run)?;
-            match code {
-                PageCode::Raw => self.written.add(run),
-                PageCode::Zero => {
-                    self.clear(run)?;
-                    frame.zero_pages += u64::from(run.pages);
-                }
-            }
-            frame.pages += u64::from(run.pages);
+            frame.add(code, run.pages.into());
         }
-        share.pages += frame.pages;
-        share.zero_pages += frame.zero_pages;
-        self.came.pages.fetch_add(frame.pages, Ordering::Relaxed);
-        self.came.zero_pages.fetch_add(frame.zero_pages, Ordering::Relaxed);
+        *share += frame;
+        *self.pages() += frame;
         Ok(())
     }
 
-    /// The memory of the raw runs of a frame that was taken.
-    pub(super) fn raw(&self, records: Records<'_>) -> Result<Vec<VolatileSlice<'_>>, Fault> {
-        records.raw_runs().map(|run| exact_slice(&self.memory, run).map_err(memory)).collect()
-    }
-
-    fn check(&self, run: PageRun) -> Result<(), Fault> {
+    /// Whether the guest has the pages of a run.
+    pub(super) fn check(&self, run: PageRun) -> Result<(), Fault> {
         let PageRun { region, first, pages } = run;
         let end = first.0.checked_add(u64::from(pages));
         match self.regions.get(usize::from(region.0)) {
@@ -119,19 +99,13 @@ impl<M: GuestPages> Intake<M> {
         }
     }
 
-    /// Makes pages zero that were something else before. The others are not touched, so the host need not back them.
-    fn clear(&self, run: PageRun) -> Result<(), Fault> {
-        let all = (0..u64::from(run.pages)).map(|offset| run.first.0 + offset);
-        for page in all.filter(|&page| self.written.contains(run.region, page)) {
-            let one = PageRun { first: PageIndex(page), pages: 1, ..run };
-            pages(&exact_slice(&self.memory, one).map_err(memory)?).for_each(|page| clear(&page));
-        }
-        Ok(())
+    fn pages(&self) -> MutexGuard<'_, PageCounts> {
+        self.came.pages.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The round under way, from 1, and how many pages it has brought.
     pub(super) fn progress(&self) -> (u32, u64) {
-        (self.lock().number, self.came.pages.load(Ordering::Relaxed))
+        (self.lock().number, self.pages().sent())
     }
 
     /// A further stream ends its share of a round: compares it with what the source says, and waits for the other streams.
@@ -140,13 +114,13 @@ impl<M: GuestPages> Intake<M> {
         &self,
         stream: u16,
         end: RoundEnd,
-        share: Share,
+        share: PageCounts,
         transcript: TranscriptDigest,
         link: &mut L,
     ) -> Result<bool, Fault> {
         let mut round = self.lock();
         let number = round.number;
-        share.compare(end, number)?;
+        compare(share, end, number)?;
         if let Some(kept) = round.transcripts.get_mut(usize::from(stream) - 1) {
             *kept = transcript;
         }
@@ -172,7 +146,7 @@ impl<M: GuestPages> Intake<M> {
     }
 
     /// What a round has brought over all streams that the first has ended; `None` while others have not.
-    pub(super) fn ended(&self, number: u32) -> Option<Share> {
+    pub(super) fn ended(&self, number: u32) -> Option<PageCounts> {
         let round = self.lock();
         (round.number != number).then_some(round.last)
     }
@@ -180,9 +154,8 @@ impl<M: GuestPages> Intake<M> {
     fn arrive(&self, round: &mut Round) {
         round.ended += 1;
         if round.ended > round.transcripts.len() {
-            let [pages, zero_pages] =
-                [&self.came.pages, &self.came.zero_pages].map(|came| came.swap(0, Ordering::Relaxed));
-            round.last = Share { pages, zero_pages };
+            round.last = std::mem::take(&mut *self.pages());
+            self.arrived.clear();
             (round.number, round.ended) = (round.number.saturating_add(1), 0);
             self.news.ring();
         }
@@ -219,6 +192,12 @@ impl<M: GuestPages> Intake<M> {
         self.news.ring();
     }
 
+    /// Whether a page that a stream waits for may still come.
+    pub(super) fn is_alive(&self) -> bool {
+        let round = self.lock();
+        !round.over && round.failure.is_none()
+    }
+
     /// Why a further stream ended, if one did.
     pub(super) fn take_failure(&self) -> Option<Fault> {
         self.lock().failure.take()
@@ -229,13 +208,11 @@ impl<M: GuestPages> Intake<M> {
     }
 }
 
-impl Share {
-    /// Compares with what the source says of the round that is the `number`th here.
-    pub(super) fn compare(self, end: RoundEnd, number: u32) -> Result<(), Fault> {
-        same("The number of a round", number.into(), end.round.into())?;
-        same("The number of pages of a round", self.pages, end.pages)?;
-        same("The number of zero pages of a round", self.zero_pages, end.zero_pages)
-    }
+/// Compares the pages of a round, the `number`th here, with what the source says of it.
+pub(super) fn compare(pages: PageCounts, end: RoundEnd, number: u32) -> Result<(), Fault> {
+    same("The number of a round", number.into(), end.round.into())?;
+    same("The number of pages of a round", pages.sent(), end.pages)?;
+    same("The number of zero pages of a round", pages.zero, end.zero_pages)
 }
 
 /// What went wrong with guest memory.

@@ -12,6 +12,7 @@
 
 mod error;
 mod filling;
+mod install;
 mod intake;
 mod receive;
 mod streams;
@@ -69,7 +70,7 @@ pub struct AwaitGo {
 pub enum Reply {
     /// Nothing.
     Silence,
-    /// The bytes of the frame's raw runs come next.
+    /// The frame's pages are to be installed, and the bytes of its raw runs come next.
     Fill,
     /// The source is to be told, and cannot go on without.
     Send(Frame<'static>),
@@ -102,8 +103,8 @@ impl<M: GuestPages> Target<M> {
                 let stands = verdict(session, asked, claims)?;
                 Ok((Self::Answered(stands), Reply::Last(Frame::Verdict(stands))))
             }
-            (Self::Filling(mut filling), Frame::Pages(records)) => {
-                filling.pages(records)?;
+            (Self::Filling(mut filling), Frame::Pages(pages)) => {
+                filling.pages(pages.records)?;
                 Ok((Self::Filling(filling), Reply::Fill))
             }
             (Self::Filling(filling), Frame::RoundEnd(end)) => {

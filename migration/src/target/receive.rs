@@ -1,15 +1,18 @@
 //! The driver of the target: reads frames, moves page data into guest memory, answers, and ends well whatever happens.
 
+use super::install::{Wait, install};
 use super::intake::Intake;
 use super::streams::Doorman;
 use super::{Arrived, AwaitStreams, Fault, Filling, Moment, Reply, Target};
+use crate::bell::Bell;
 use crate::channel::{Channel, TICK, in_words};
 use crate::clock::Clock;
+use crate::codec::block::Unpacker;
 use crate::guest::{Claim, Claims, GuestPages, TargetHost};
 use crate::link::{Link, LinkError};
 use crate::progress::{Moved, Observer, Phase, Progress};
 use crate::report::{PhaseReport, Report, ms, per_second};
-use crate::wire::{Frame, Records};
+use crate::wire::Frame;
 use std::fmt;
 use std::sync::Arc;
 use std::thread;
@@ -85,7 +88,7 @@ pub fn receive<L: Link, H: TargetHost, C: Claims + Sync>(
                 if let (Target::Filling(filling), Some(further)) = (&next, door.take_if(|_| next.session().is_some())) {
                     let (session, intake) = (filling.incoming.session, &filling.intake);
                     driver.intake = Some(Arc::clone(intake));
-                    let started = Doorman::start(scope, further, session, intake, claims, patience);
+                    let started = Doorman::start(scope, further, session, intake, claims, clock, patience);
                     crew = Some(started.map_err(|error| Fault::Link(error.into()))?);
                 }
                 Ok(next)
@@ -110,6 +113,7 @@ struct Driver<'a, L, M> {
     channel: Channel<'a, L>,
     around: Reception<'a>,
     body: Vec<u8>,
+    unpacker: Unpacker,
     /// The session, once the host has made room for its guest.
     session: Option<Uuid>,
     /// Where the guest's pages go.
@@ -124,7 +128,17 @@ impl<'a, L: Link, M: GuestPages> Driver<'a, L, M> {
     fn new(link: &'a mut L, around: Reception<'a>) -> Self {
         link.set_patience(around.patience);
         let (channel, body, phases) = (Channel::new(link), Vec::new(), Vec::new());
-        Self { channel, around, body, session: None, intake: None, lost_stream: None, entered: None, phases }
+        Self {
+            channel,
+            around,
+            body,
+            unpacker: Unpacker::new(),
+            session: None,
+            intake: None,
+            lost_stream: None,
+            entered: None,
+            phases,
+        }
     }
 
     /// Begins a phase, unless it is under way: ends the clock of the last one, logs, tells the onlooker.
@@ -170,15 +184,20 @@ impl<'a, L: Link, M: GuestPages> Driver<'a, L, M> {
     ) -> Result<Target<M>, Fault> {
         self.wait()?;
         let frame = self.channel.receive(&mut self.body)?;
-        let records = if let Frame::Pages(records) = &frame { *records } else { Records::new(&[]) };
+        let pages = if let Frame::Pages(pages) = &frame { Some(*pages) } else { None };
         let at = moment(&self.around, &self.channel, self.intake.as_deref());
         let (target, reply) = target.on_frame(frame, at, host, claims)?;
         self.session = target.session();
         match reply {
             Reply::Silence => {}
             Reply::Fill => {
-                if let Target::Filling(filling) = &target {
-                    self.channel.receive_pages(&filling.intake.raw(records)?).map_err(Fault::Link)?;
+                if let (Target::Filling(filling), Some(pages)) = (&target, pages) {
+                    let link = self.channel.link();
+                    let mut idle = |bell: &Bell, seen, limit| link.idle(bell, seen, limit);
+                    let Reception { clock, observer: _, patience } = &self.around;
+                    let wait = Wait { clock: *clock, limit: *patience, idle: &mut idle };
+                    let raw = install(&filling.intake, pages, &mut self.unpacker, wait)?;
+                    self.channel.receive_pages(&raw).map_err(Fault::Link)?;
                     self.tell_progress(filling);
                 }
             }

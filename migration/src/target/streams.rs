@@ -4,9 +4,14 @@
 //! stream of this migration it is may be a question about another one, which is answered, or a stranger.
 
 use super::error::Fault;
-use super::intake::{Intake, Share};
+use super::install::{Wait, install};
+use super::intake::Intake;
 use super::{Further, verdict};
+use crate::bell::Bell;
 use crate::channel::{Channel, TICK, in_words};
+use crate::clock::Clock;
+use crate::codec::block::Unpacker;
+use crate::counts::PageCounts;
 use crate::guest::{Claims, GuestPages};
 use crate::link::{Cutter, Link};
 use crate::wire::{Frame, Join, MAX_STREAMS};
@@ -47,6 +52,7 @@ pub(super) struct Doorman<'a, L: Link, M, C> {
     intake: Arc<Intake<M>>,
     claims: &'a C,
     cutters: Arc<Mutex<Vec<L::Cutter>>>,
+    clock: &'a dyn Clock,
     patience: Duration,
 }
 
@@ -63,6 +69,7 @@ where
         session: Uuid,
         intake: &Arc<Intake<M>>,
         claims: &'a C,
+        clock: &'a dyn Clock,
         patience: Duration,
     ) -> io::Result<Crew<M, L::Cutter>>
     where
@@ -71,7 +78,7 @@ where
         let cutters = Arc::new(Mutex::new(Vec::new()));
         let crew = Crew { intake: Arc::clone(intake), cutters: Arc::clone(&cutters) };
         if intake.further_streams() > 0 {
-            let doorman = Self { further, session, intake: Arc::clone(intake), claims, cutters, patience };
+            let doorman = Self { further, session, intake: Arc::clone(intake), claims, cutters, clock, patience };
             Builder::new().name("streams".to_owned()).spawn_scoped(scope, move || {
                 (doorman.further.thread)();
                 doorman.serve(scope);
@@ -136,13 +143,22 @@ where
     {
         let cutter = link.cutter()?;
         self.cutters.lock().unwrap_or_else(PoisonError::into_inner).push(cutter);
-        let (intake, thread, patience) = (Arc::clone(&self.intake), self.further.thread, self.patience);
+        let (intake, thread) = (Arc::clone(&self.intake), self.further.thread);
+        let (clock, patience) = (self.clock, self.patience);
         let serve = move || {
             thread();
             link.set_patience(patience);
-            let channel = Channel::new(&mut link);
-            let mut worker =
-                Worker { intake: &intake, stream, channel, body: Vec::new(), share: Share::default(), counted: 0 };
+            let mut worker = Worker {
+                intake: &intake,
+                stream,
+                channel: Channel::new(&mut link),
+                body: Vec::new(),
+                unpacker: Unpacker::new(),
+                clock,
+                patience,
+                share: PageCounts::default(),
+                counted: 0,
+            };
             if let Err(fault) = worker.serve() {
                 intake.fail(fault);
             }
@@ -158,8 +174,11 @@ struct Worker<'a, 'l, L, M> {
     stream: u16,
     channel: Channel<'l, L>,
     body: Vec<u8>,
+    unpacker: Unpacker,
+    clock: &'a dyn Clock,
+    patience: Duration,
     /// What it has brought in the round under way.
-    share: Share,
+    share: PageCounts,
     /// Bytes that are in the common account.
     counted: u64,
 }
@@ -178,9 +197,13 @@ impl<L: Link, M: GuestPages> Worker<'_, '_, L, M> {
     /// Takes one frame. `false` if nothing more is expected.
     fn step(&mut self) -> Result<bool, Fault> {
         match self.channel.receive(&mut self.body)? {
-            Frame::Pages(records) => {
-                self.intake.take(records, &mut self.share)?;
-                self.channel.receive_pages(&self.intake.raw(records)?).map_err(Fault::Link)?;
+            Frame::Pages(pages) => {
+                self.intake.take(pages.records, &mut self.share)?;
+                let link = self.channel.link();
+                let mut idle = |bell: &Bell, seen, limit| link.idle(bell, seen, limit);
+                let wait = Wait { clock: self.clock, limit: self.patience, idle: &mut idle };
+                let raw = install(self.intake, pages, &mut self.unpacker, wait)?;
+                self.channel.receive_pages(&raw).map_err(Fault::Link)?;
                 self.count();
                 Ok(true)
             }

@@ -1,10 +1,13 @@
 //! The target's states, frame by frame, without a link; and what a stranger on the link is told.
 
+use super::install::{Wait, install};
 use super::*;
+use crate::codec::block::Unpacker;
+use crate::codec::{BlockCode, PageCode};
 use crate::digest::TranscriptDigest;
 use crate::pair::world::{FakeHost, HostSide, MemoryClaims, REGIONS, STATE, World};
 use crate::region::{MAX_REGIONS, PAGE_SIZE, PageIndex, PageRun, RegionId};
-use crate::wire::{Join, Kind, Mode, PageCode, PageRecord, Records, RoundEnd};
+use crate::wire::{Join, Kind, Mode, PackedBlock, PageRecord, Pages, Records, RoundEnd};
 use crate::{Clock, GuestPages, RamRegion};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -44,6 +47,12 @@ fn record(region: u16, first: u64, pages: u32, code: PageCode) -> PageRecord {
     PageRecord::new(PageRun { region: RegionId(region), first: PageIndex(first), pages }, code)
 }
 
+/// A frame in which no page travels encoded.
+fn runs(records: &[PageRecord]) -> Frame<'_> {
+    let block = PackedBlock { code: BlockCode::Stored, unpacked: 0, bytes: &[] };
+    Frame::Pages(Pages { records: Records::new(records), block })
+}
+
 /// A target that has been sent some frames.
 struct Bench {
     target: Option<Target<HostSide>>,
@@ -63,7 +72,12 @@ impl Bench {
 
     fn send(&mut self, frame: Frame<'_>) -> Result<Reply, Fault> {
         let target = self.target.take().expect("no fault so far");
+        let pages = if let Frame::Pages(pages) = &frame { Some(*pages) } else { None };
         let (target, reply) = target.on_frame(frame, at(), &mut self.host, &self.claims)?;
+        if let (Target::Filling(filling), Some(pages)) = (&target, pages) {
+            let wait = Wait { clock: &CLOCK, limit: Duration::from_secs(9), idle: &mut |_, _, _| {} };
+            install(&filling.intake, pages, &mut Unpacker::new(), wait)?;
+        }
         self.target = Some(match target {
             // There are no other streams.
             Target::AwaitStreams(waiting) if waiting.is_over() => Target::Filling(waiting.round_done(at())?.0),
@@ -88,7 +102,7 @@ fn frames(records: &[PageRecord]) -> Vec<Frame<'_>> {
         Frame::Hello(hello()),
         Frame::Accept { claims: Uuid::nil() },
         Frame::Refuse { reason: "" },
-        Frame::Pages(Records::new(records)),
+        runs(records),
         Frame::RoundEnd(RoundEnd { round: 1, pages: 0, zero_pages: 0 }),
         Frame::State(STATE),
         Frame::Seal(seal()),
@@ -181,8 +195,8 @@ fn pages_outside_of_the_guest_are_a_fault() {
     ] {
         let mut bench = Bench::before(Kind::State);
         let right = record(1, REGIONS[1].pages - 1, 1, PageCode::Raw);
-        assert_eq!(bench.send(Frame::Pages(Records::new(&[right]))).unwrap(), Reply::Fill);
-        let fault = bench.send(Frame::Pages(Records::new(&[right, wrong]))).unwrap_err();
+        assert_eq!(bench.send(runs(&[right])).unwrap(), Reply::Fill);
+        let fault = bench.send(runs(&[right, wrong])).unwrap_err();
         assert!(matches!(fault, Fault::NoSuchPages { .. }), "{wrong:?}: {fault}");
     }
 }
@@ -191,9 +205,9 @@ fn pages_outside_of_the_guest_are_a_fault() {
 fn a_page_that_was_written_becomes_zero_again_and_its_neighbours_stay() {
     let mut bench = Bench::before(Kind::State);
     let run = |first, pages| PageRun { region: RegionId(0), first: PageIndex(first), pages };
-    bench.send(Frame::Pages(Records::new(&[record(0, 4, 3, PageCode::Raw)]))).unwrap();
+    bench.send(runs(&[record(0, 4, 3, PageCode::Raw)])).unwrap();
     bench.host.side().slice(run(4, 3)).unwrap().copy_from(&[9_u8; 3 * PAGE_SIZE]);
-    bench.send(Frame::Pages(Records::new(&[record(0, 5, 1, PageCode::Zero)]))).unwrap();
+    bench.send(runs(&[record(0, 5, 1, PageCode::Zero)])).unwrap();
     let mut bytes = vec![1_u8; 3 * PAGE_SIZE];
     bench.host.side().slice(run(4, 3)).unwrap().copy_to(&mut bytes);
     let expected = [[9_u8; PAGE_SIZE], [0; PAGE_SIZE], [9; PAGE_SIZE]].concat();
@@ -211,7 +225,7 @@ fn an_account_that_differs_is_a_fault() {
         (RoundEnd { zero_pages: 1, ..told }, false),
     ] {
         let mut bench = Bench::before(Kind::State);
-        bench.send(Frame::Pages(Records::new(&pages))).unwrap();
+        bench.send(runs(&pages)).unwrap();
         let result = bench.send(Frame::RoundEnd(told));
         assert_eq!(matches!(result, Ok(Reply::Silence)), right, "{told:?}");
         assert!(right || matches!(result, Err(Fault::Differs { .. })));
@@ -227,7 +241,7 @@ fn an_account_that_differs_is_a_fault() {
         assert!(bench.host.state.is_none(), "nothing was restored");
     }
     let mut unfinished = Bench::before(Kind::State);
-    unfinished.send(Frame::Pages(Records::new(&pages))).unwrap();
+    unfinished.send(runs(&pages)).unwrap();
     unfinished.send(Frame::State(STATE)).unwrap();
     assert!(matches!(unfinished.send(Frame::Seal(seal())), Err(Fault::Differs { there: 0, here: 3, .. })));
 }

@@ -2,7 +2,7 @@
 
 use super::cursor::Cursor;
 use super::header::{HEADER_BYTES, Header, Kind, finish};
-use super::pages::Records;
+use super::pages::Pages;
 use super::{FrameError, MAX_BUILD, MAX_MACHINE, MAX_REASON, MAX_STREAMS};
 use crate::digest::TranscriptDigest;
 use crate::guest::Claim;
@@ -40,7 +40,7 @@ pub enum Frame<'a> {
         reason: &'a str,
     },
     /// Pages; the bytes of raw runs follow the frame.
-    Pages(Records<'a>),
+    Pages(Pages<'a>),
     /// The end of a pass over memory.
     RoundEnd(RoundEnd),
     /// The saved state.
@@ -230,7 +230,7 @@ impl<'a> Frame<'a> {
             Self::Refuse { reason } | Self::Abort { reason } => {
                 out.extend(&reason.as_bytes()[..reason.floor_char_boundary(MAX_REASON)]);
             }
-            Self::Pages(records) => out.extend(records.as_bytes()),
+            Self::Pages(pages) => pages.encode(out),
             Self::RoundEnd(RoundEnd { round, pages, zero_pages }) => {
                 let (pages, zero_pages, round) = ((*pages).into(), (*zero_pages).into(), (*round).into());
                 out.extend(WireRoundEnd { pages, zero_pages, round }.as_bytes());
@@ -269,7 +269,7 @@ impl<'a> Frame<'a> {
             Kind::Hello => Self::Hello(Hello::parse(&mut cursor)?),
             Kind::Accept => Self::Accept { claims: Uuid::from_bytes(*cursor.field()?) },
             Kind::Refuse => Self::Refuse { reason: cursor.text(cursor.left())? },
-            Kind::Pages => Self::Pages(Records::parse(cursor.bytes(cursor.left())?)?),
+            Kind::Pages => Self::Pages(Pages::parse(&mut cursor)?),
             Kind::RoundEnd => {
                 let WireRoundEnd { pages, zero_pages, round } = cursor.field()?;
                 Self::RoundEnd(RoundEnd { round: round.get(), pages: pages.get(), zero_pages: zero_pages.get() })

@@ -59,7 +59,7 @@ kinds! {
     /// The offer is not taken.
     Refuse = 3, at most MAX_REASON;
     /// Page records, followed by the bytes of raw runs.
-    Pages = 4, at most pages::MAX_RECORDS * size_of::<pages::PageRecord>();
+    Pages = 4, at most pages::MAX_PAGES_BODY;
     /// The end of a pass over memory.
     RoundEnd = 5, at most frame::ROUND_END_BYTES;
     /// The saved state.

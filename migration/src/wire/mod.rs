@@ -12,7 +12,7 @@
 //! | `Accept` | ← | the machine is built; who to ask in doubt |
 //! | `Refuse` | ← | no, in words |
 //! | `Join` | → | on a new link: one more stream of that session, for `Pages` and `RoundEnd` |
-//! | `Pages` | → | runs of zero pages, and runs whose bytes follow |
+//! | `Pages` | → | runs of zero pages, runs in one of the codecs, and runs whose bytes follow |
 //! | `RoundEnd` | → | what the round held |
 //! | `State` | → | the saved state of the paused guest |
 //! | `Seal` | → | digest of all frames before it on each stream, and of memory on request |
@@ -37,7 +37,7 @@ mod tests;
 
 pub use frame::{Frame, Hello, Join, Mode, RoundEnd, Running, Seal};
 pub use header::{HEADER_BYTES, Header, Kind, VERSION};
-pub use pages::{MAX_PAGES, MAX_RAW_PAGES, MAX_RECORDS, PageCode, PageRecord, Records};
+pub use pages::{MAX_PAGES, MAX_RAW_PAGES, MAX_RECORDS, PackedBlock, PageRecord, Pages, Records};
 
 use thiserror::Error;
 

@@ -1,6 +1,9 @@
-//! Page records: what a `Pages` frame says about runs of pages.
+//! What a `Pages` frame says: records about runs of pages, and the block with those that travel encoded.
 
+use super::cursor::Cursor;
 use super::{FrameError, Kind};
+use crate::codec::block::MAX_BLOCK;
+use crate::codec::{BlockCode, PageCode};
 use crate::region::{MAX_REGION_PAGES, PageIndex, PageRun, RegionId};
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
@@ -13,26 +16,6 @@ pub const MAX_RAW_PAGES: u32 = 256;
 
 /// The most pages of one frame, raw and zero: 256 MiB, so that no frame keeps its receiver busy for long.
 pub const MAX_PAGES: u32 = 1 << 16;
-
-/// How the pages of a run are encoded.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[repr(u8)]
-pub enum PageCode {
-    /// The bytes of the pages follow the frame.
-    Raw = 0,
-    /// All bytes are zero.
-    Zero = 1,
-}
-
-impl PageCode {
-    fn from_wire(number: u8) -> Option<Self> {
-        match number {
-            0 => Some(Self::Raw),
-            1 => Some(Self::Zero),
-            _ => None,
-        }
-    }
-}
 
 /// One record as it travels.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
@@ -60,13 +43,13 @@ impl PageRecord {
         Some((run, PageCode::from_wire(*code)?))
     }
 
-    /// Adds one page at the end, if it continues the run in the same encoding.
+    /// Adds a run at the end, if it continues this one in the same encoding.
     #[must_use]
-    pub fn extend(&mut self, region: RegionId, page: PageIndex, code: PageCode) -> bool {
+    pub fn extend(&mut self, run: PageRun, code: PageCode) -> bool {
         let next = self.first.get() + u64::from(self.pages.get());
-        let fits = self.region.get() == region.0 && self.code == code as u8 && next == page.0;
+        let fits = self.region.get() == run.region.0 && self.code == code as u8 && next == run.first.0;
         if fits {
-            self.pages += 1;
+            self.pages += run.pages;
         }
         fits
     }
@@ -83,8 +66,8 @@ impl<'a> Records<'a> {
         Self(records)
     }
 
-    /// Reads records from a body.
-    pub(super) fn parse(body: &'a [u8]) -> Result<Self, FrameError> {
+    /// Reads records from a part of a body.
+    fn parse(body: &'a [u8]) -> Result<Self, FrameError> {
         let kind = Kind::Pages;
         let records = <[PageRecord]>::ref_from_bytes(body).map_err(|_| FrameError::Truncated { kind })?;
         let (mut raw, mut all) = (0, 0);
@@ -115,11 +98,6 @@ impl<'a> Records<'a> {
         Ok(Self(records))
     }
 
-    /// The bytes of the records.
-    pub(super) fn as_bytes(&self) -> &'a [u8] {
-        self.0.as_bytes()
-    }
-
     /// The runs in order.
     pub fn iter(&self) -> impl Iterator<Item = (PageRun, PageCode)> + use<'a> {
         // Parsing refused encodings that there are not, and the constructor takes none.
@@ -130,10 +108,75 @@ impl<'a> Records<'a> {
     pub fn raw_runs(&self) -> impl Iterator<Item = PageRun> + use<'a> {
         self.iter().filter_map(|(run, code)| (code == PageCode::Raw).then_some(run))
     }
+}
 
-    /// How many bytes follow the frame.
-    #[must_use]
-    pub fn raw_bytes(&self) -> usize {
-        self.raw_runs().map(|run| run.bytes()).sum()
+/// The in-band encodings of pages, one after the other in the order of the records, and perhaps packed as a whole.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PackedBlock<'a> {
+    /// How it is packed.
+    pub code: BlockCode,
+    /// How long it is unpacked, in bytes; at most [`MAX_BLOCK`].
+    pub unpacked: usize,
+    /// The packed bytes; at most [`MAX_BLOCK`] of them.
+    pub bytes: &'a [u8],
+}
+
+/// What a `Pages` frame says. The bytes of its raw runs follow it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Pages<'a> {
+    /// The runs.
+    pub records: Records<'a>,
+    /// The pages of those runs that travel encoded.
+    pub block: PackedBlock<'a>,
+}
+
+#[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct WirePages {
+    records: U16,
+    code: u8,
+    reserved: u8,
+    unpacked: U32,
+}
+
+pub(super) const MAX_PAGES_BODY: usize = size_of::<WirePages>() + MAX_RECORDS * size_of::<PageRecord>() + MAX_BLOCK;
+
+impl<'a> Pages<'a> {
+    pub(super) fn encode(&self, out: &mut Vec<u8>) {
+        const BOUNDED: &str = "whoever fills a frame bounds it";
+        let Self { records: Records(records), block: PackedBlock { code, unpacked, bytes } } = self;
+        let head = WirePages {
+            records: u16::try_from(records.len()).expect(BOUNDED).into(),
+            code: *code as u8,
+            reserved: 0,
+            unpacked: u32::try_from(*unpacked).expect(BOUNDED).into(),
+        };
+        out.extend(head.as_bytes());
+        out.extend(records.as_bytes());
+        out.extend(*bytes);
+    }
+
+    pub(super) fn parse(cursor: &mut Cursor<'a>) -> Result<Self, FrameError> {
+        let kind = Kind::Pages;
+        let length = |what, found, max: usize| FrameError::Length { what, kind, found, max: max as u64 };
+        let WirePages { records, code, reserved: _, unpacked } = cursor.field()?;
+        let (count, unpacked) = (usize::from(records.get()), unpacked.get() as usize);
+        if count > MAX_RECORDS {
+            return Err(length("The number of records", count as u64, MAX_RECORDS));
+        }
+        if unpacked > MAX_BLOCK {
+            return Err(length("A block", unpacked as u64, MAX_BLOCK));
+        }
+        let code = BlockCode::from_wire(*code).ok_or_else(|| FrameError::Value {
+            what: "The packing of a block",
+            kind,
+            found: u64::from(*code),
+        })?;
+        let records = Records::parse(cursor.bytes(count * size_of::<PageRecord>())?)?;
+        let bytes = cursor.bytes(cursor.left())?;
+        if bytes.len() > MAX_BLOCK {
+            return Err(length("A packed block", bytes.len() as u64, MAX_BLOCK));
+        }
+        Ok(Self { records, block: PackedBlock { code, unpacked, bytes } })
     }
 }

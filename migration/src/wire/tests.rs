@@ -2,6 +2,8 @@
 
 use super::frame::HELLO_BYTES;
 use super::*;
+use crate::codec::block::MAX_BLOCK;
+use crate::codec::{BlockCode, PageCode};
 use crate::digest::TranscriptDigest;
 use crate::guest::Claim;
 use crate::region::{MAX_REGION_PAGES, MAX_REGIONS, PageIndex, PageRun, RamRegion, RegionId};
@@ -52,13 +54,22 @@ fn raw(version: u16, kind: u16, body: &[u8]) -> Vec<u8> {
     bytes
 }
 
+/// A frame in which no page travels encoded.
+fn runs(records: &[PageRecord]) -> Frame<'_> {
+    let block = PackedBlock { code: BlockCode::Stored, unpacked: 0, bytes: &[] };
+    Frame::Pages(Pages { records: Records::new(records), block })
+}
+
 /// One frame of each kind.
 fn all<'a>(records: &'a [PageRecord]) -> Vec<Frame<'a>> {
     vec![
         Frame::Hello(hello()),
         Frame::Accept { claims: Uuid::from_u128(3) },
         Frame::Refuse { reason: "no room" },
-        Frame::Pages(Records::new(records)),
+        Frame::Pages(Pages {
+            records: Records::new(records),
+            block: PackedBlock { code: BlockCode::Lz4, unpacked: 0x1002, bytes: b"block" },
+        }),
         Frame::RoundEnd(RoundEnd { round: 2, pages: 771, zero_pages: 2 }),
         Frame::State(b"state"),
         Frame::Seal(seal()),
@@ -92,7 +103,7 @@ fn golden_bytes() {
         "47574d47 0200 0100 46000000 27968f91 0102030405060708090a0b0c0d0e0f10 1112131415161718191a1b1c1d1e1f20 010101000800030002000000676f6477 69742030000000000100000002010000 000000007b7d",
         "47574d47 0200 0200 10000000 66ab8f59 00000000000000000000000000000003",
         "47574d47 0200 0300 07000000 78d4ee3f 6e6f20726f6f6d",
-        "47574d47 0200 0400 20000000 5205b87b 01020000000000000300000001000000 07000000000000000201000000000100",
+        "47574d47 0200 0400 2d000000 44e5c759 02000100021000000102000000000000 03000000010000000700000000000000 0201000000000100626c6f636b",
         "47574d47 0200 0500 14000000 de6aec5d 03030000000000000200000000000000 02000000",
         "47574d47 0200 0600 05000000 57c23ecd 7374617465",
         "47574d47 0200 0700 32000000 82730c63 01000900000000000000010203040506 07080300000000000000040000000000 00000500000000000000060000000000 0000",
@@ -146,13 +157,14 @@ fn every_body_of_another_length_is_refused() {
         let (kind, whole) = (frame.kind(), bytes(frame));
         for length in 0..whole.len() - HEADER_BYTES {
             let cut = raw(VERSION, kind as u16, &whole[HEADER_BYTES..HEADER_BYTES + length]);
-            let whole_records = kind == Kind::Pages && length % 16 == 0;
+            // The head and two records; what is left is the block.
+            let whole_records = kind == Kind::Pages && length >= 40;
             // The number of further streams, and two transcripts; then digests of memory.
             let whole_digests = kind == Kind::Seal && length >= 34 && (length - 34) % 8 == 0;
             assert_eq!(parse(&cut).is_ok(), whole_records || whole_digests, "{kind} of {length}");
         }
         let longer = [&whole[HEADER_BYTES..], b"x"].concat();
-        assert!(parse(&raw(VERSION, kind as u16, &longer)).is_err(), "{kind} with a byte more");
+        assert_eq!(parse(&raw(VERSION, kind as u16, &longer)).is_ok(), kind == Kind::Pages, "{kind} with a byte more");
     }
 }
 
@@ -204,7 +216,7 @@ fn numbers_in_hello_are_bounded() {
 #[test]
 fn page_records_are_bounded() {
     let refused = |records: &[PageRecord]| {
-        let frame = bytes(&Frame::Pages(Records::new(records)));
+        let frame = bytes(&runs(records));
         parse(&frame).map(|_| ()).unwrap_err()
     };
     let half = MAX_RAW_PAGES / 2 + 1;
@@ -217,15 +229,30 @@ fn page_records_are_bounded() {
     ] {
         assert!(matches!(refused(&records), FrameError::Length { kind: Kind::Pages, .. }), "{records:?}");
     }
-    let mut frame = bytes(&Frame::Pages(Records::new(&records())));
-    frame[HEADER_BYTES + 14] = 2;
+    let mut frame = bytes(&runs(&records()));
+    frame[HEADER_BYTES + 8 + 14] = 6;
     let unknown = raw(VERSION, 4, &frame[HEADER_BYTES..]);
-    assert!(matches!(parse(&unknown), Err(FrameError::Value { what: "An encoding", found: 2, .. })));
+    assert!(matches!(parse(&unknown), Err(FrameError::Value { what: "An encoding", found: 6, .. })));
     let most =
         vec![record(0, 0, MAX_RAW_PAGES, PageCode::Raw), record(0, 0, MAX_PAGES - MAX_RAW_PAGES, PageCode::Zero)];
-    let frame = bytes(&Frame::Pages(Records::new(&most)));
-    let Ok(Frame::Pages(records)) = parse(&frame) else { panic!() };
-    assert_eq!(records.raw_bytes(), 1 << 20);
+    let frame = bytes(&runs(&most));
+    let Ok(Frame::Pages(pages)) = parse(&frame) else { panic!() };
+    assert_eq!(pages.records.raw_runs().map(|run| run.bytes()).sum::<usize>(), 1 << 20);
+}
+
+#[test]
+fn blocks_are_bounded() {
+    let frame = bytes(&runs(&records()));
+    let refused = |at: usize, value: &[u8]| {
+        let mut body = frame[HEADER_BYTES..].to_vec();
+        body[at..at + value.len()].copy_from_slice(value);
+        parse(&raw(VERSION, 4, &body)).map(|_| ()).unwrap_err()
+    };
+    assert!(matches!(refused(0, &[1, 1]), FrameError::Length { what: "The number of records", found: 257, .. }));
+    assert!(matches!(refused(2, &[3]), FrameError::Value { what: "The packing of a block", found: 3, .. }));
+    assert!(matches!(refused(4, &[1, 0, 16, 0]), FrameError::Length { what: "A block", .. }));
+    let packed = [&frame[HEADER_BYTES..], &[0; MAX_BLOCK + 1]].concat();
+    assert!(matches!(parse(&raw(VERSION, 4, &packed)), Err(FrameError::Length { what: "A packed block", .. })));
 }
 
 #[test]

@@ -88,6 +88,9 @@ fn machines(context: &Context) -> Result<()> {
         refused(context, &["migrate", "--to=unix:/x", &format!("--streams={streams}")], USAGE, &parts)?;
     }
     refused(context, &["run"], USAGE, &["--kernel"])?;
+    let parts = ["\"gzip\" is no list of codecs", "zero, rle, delta, dedup, lz4, zstd"];
+    refused(context, &["migrate", "--to=unix:/x", "--codec=gzip"], USAGE, &parts)?;
+    refused(context, &["migrate", "--to=unix:/x", "--codec=zstd:12"], USAGE, &["zstd has no level \"12\""])?;
     kernels(context)?;
     sockets(context)
 }

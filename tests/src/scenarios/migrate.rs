@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use control::{MigrationMode, MigrationRole, MigrationStatus, MigrationStep, Phase, StartMigration, Streams};
+use control::{Codecs, MigrationMode, MigrationRole, MigrationStatus, MigrationStep, Phase, StartMigration, Streams};
 use guest_images::micro::Line;
 use verifier::net::Client;
 
@@ -19,12 +19,14 @@ const CONNECTION_PATIENCE: Duration = Duration::from_secs(30);
 /// What the largest guest boots with: many more pages than it writes meanwhile.
 const CONTENT_PAGES: usize = 16 << 10;
 
+const CODECS: [&str; 7] = ["zero", "none", "rle", "delta", "dedup,lz4", "zstd", "rle,delta,dedup,zstd:3"];
+
 const BOTH: [MigrationMode; 2] = [MigrationMode::Live, MigrationMode::Stop];
 
 /// See its `about`.
 pub(super) const MICRO: Scenario = Scenario {
     name: "migrate-micro",
-    about: "The micro guest is moved 21 times, live and stopped, by Unix socket and TCP, over 1 to 64 streams, with each dirty tracker; no page is wrong",
+    about: "The micro guest is moved 21 times, live and stopped, by Unix socket and TCP, over 1 to 64 streams, with each codec and dirty tracker; no page is wrong",
     needs: Needs::Kvm,
     timeout: Duration::from_secs(120),
     run: |context| micro(context, 20),
@@ -85,10 +87,11 @@ fn micro(context: &Context, moves: usize) -> Result<()> {
         };
         let next = target.console()?;
         let (mode, streams) = (BOTH[stop % 2], Streams::try_from([1, 2, 5, 64][stop / 2 % 4])?);
-        let order = StartMigration { mode, streams, ..StartMigration::new(target.address()) };
+        let codec = CODECS[stop % CODECS.len()].parse::<Codecs>()?;
+        let order = StartMigration { mode, streams, codec, ..StartMigration::new(target.address()) };
         let status = godwit.migrate_as(order, &target, Duration::from_secs(30))?;
         println!(
-            "move {stop}: {mode:?} over {} streams, {} rounds, downtime {:?}",
+            "move {stop}: {mode:?} over {} streams, codecs {codec}, {} rounds, downtime {:?}",
             u16::from(streams),
             status.rounds.len(),
             status.downtime_ms

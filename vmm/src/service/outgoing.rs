@@ -10,8 +10,9 @@ use crate::migrate::link::SocketCutter;
 use crate::migrate::ownership::Ownership;
 use crate::seccomp::{self, ThreadKind};
 use control::{JobId, MigrationMode, PeerAddress, StartMigration};
+use migration::codec::block::{Packing, ZstdLevel};
 use migration::{
-    CancelToken, Cutter, Further, Goal, HostClock, InDoubt, Link, LinkError, Mode, Outcome, Plan, Surroundings,
+    CancelToken, Codecs, Cutter, Further, Goal, HostClock, InDoubt, Link, LinkError, Mode, Outcome, Plan, Surroundings,
     Unreachable, source,
 };
 use std::io;
@@ -175,6 +176,18 @@ fn plan(request: &StartMigration, job: JobId) -> Plan {
         },
         timeout: request.timeout(),
         streams: request.streams.into(),
+        codecs: codecs(request.codec),
+        delta_cache: usize::try_from(request.delta_cache_bytes).unwrap_or(usize::MAX),
         ..Plan::new(job.0, mode)
     }
+}
+
+fn codecs(control::Codecs { zero, rle, delta, dedup, packing }: control::Codecs) -> Codecs {
+    let packing = match packing {
+        control::Packing::Stored => Packing::Stored,
+        control::Packing::Lz4 => Packing::Lz4,
+        // The API takes no other levels.
+        control::Packing::Zstd(level) => Packing::Zstd(ZstdLevel::new(level).unwrap_or(ZstdLevel::MIN)),
+    };
+    Codecs { zero, rle, delta, dedup, packing }
 }

@@ -4,9 +4,9 @@ use super::board::Board;
 use crate::layout::PAGE_SIZE;
 use control::{
     Happening, JobId, MigrationMode, MigrationRole, MigrationState, MigrationStatus, MigrationStep, PeerAddress,
-    Progress, RoundInfo, StepInfo, SwitchReason, TargetPart,
+    Progress, RoundInfo, RoundKinds, StepInfo, SwitchReason, TargetPart,
 };
-use migration::{Moved, Observer, Phase, PhaseReport, Report, RoundReport};
+use migration::{Moved, Observer, PageCounts, Phase, PhaseReport, Report, RoundReport};
 use std::time::{Duration, Instant};
 
 /// The least time between two events of progress.
@@ -69,8 +69,10 @@ fn millis(ms: f64) -> control::Millis {
 }
 
 fn round_info(round: &RoundReport) -> RoundInfo {
-    let RoundReport { round, pages, zero_pages, bytes, ms, dirty_at_end } = *round;
-    RoundInfo { round, pages, zero_pages, bytes, duration_ms: millis(ms), dirty_pages: dirty_at_end }
+    let RoundReport { round, pages, zero_pages, kinds, bytes, ms, dirty_at_end } = *round;
+    let PageCounts { raw, zero, plain, rle, delta, copy, same } = kinds;
+    let kinds = RoundKinds { raw, zero, plain, rle, delta, copy, same };
+    RoundInfo { round, pages, zero_pages, bytes, duration_ms: millis(ms), kinds, dirty_pages: dirty_at_end }
 }
 
 fn step(phase: Phase) -> MigrationStep {
@@ -232,7 +234,9 @@ mod tests {
     }
 
     fn report(role: Role) -> Report {
-        let round = RoundReport { round: 1, pages: 9, zero_pages: 4, bytes: 20_500, ms: 1.5, dirty_at_end: 2 };
+        let kinds = PageCounts { raw: 1, zero: 4, plain: 1, rle: 1, delta: 1, copy: 1, same: 3 };
+        let round = RoundReport { round: 1, pages: 9, zero_pages: 4, kinds, bytes: 20_500, ms: 1.5, dirty_at_end: 2 };
+        let kinds = PageCounts { raw: 2, ..PageCounts::default() };
         Report {
             role,
             session: Uuid::from_u128(1),
@@ -241,7 +245,7 @@ mod tests {
             ending: Ending::HandedOver,
             rounds: vec![
                 round,
-                RoundReport { round: 2, pages: 2, zero_pages: 0, bytes: 8228, ms: 0.5, dirty_at_end: 0 },
+                RoundReport { round: 2, pages: 2, zero_pages: 0, kinds, bytes: 8228, ms: 0.5, dirty_at_end: 0 },
             ],
             bytes: 29_000,
             total_ms: 4.25,
@@ -274,6 +278,8 @@ mod tests {
         assert_eq!((source.target_part, source.switched), (Some(part), Some(SwitchReason::GoalMet)));
         assert_eq!(source.steps, [StepInfo { step: MigrationStep::Pausing, duration_ms: millis(0.125) }]);
         assert_eq!(source.verified, Some(true));
+        let kinds = RoundKinds { raw: 1, zero: 4, plain: 1, rle: 1, delta: 1, copy: 1, same: 3 };
+        assert_eq!(source.rounds[0].kinds, kinds);
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use crate::values::{Settings, period, size};
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use control::{Owner, PeerAddress, Streams};
+use control::{Codecs, Owner, PeerAddress, Streams};
 use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
 use uuid::Uuid;
@@ -196,6 +196,12 @@ pub(crate) struct Migrate {
     /// Move memory over so many connections, 1 to 64
     #[arg(long, default_value = "1", value_name = "N")]
     pub(crate) streams: Streams,
+    /// Make pages smaller: none, or some of zero, rle, delta, dedup, lz4, zstd, zstd:1 to zstd:9 with commas between
+    #[arg(long, default_value_t, value_name = "LIST")]
+    pub(crate) codec: Codecs,
+    /// Keep copies of sent pages, for the codec delta, in at most so much memory
+    #[arg(long, default_value = "64M", value_name = "SIZE", value_parser = size)]
+    pub(crate) delta_cache: u64,
     /// Compare a digest of the whole memory at both ends while the guest is paused
     #[arg(long)]
     pub(crate) verify: bool,

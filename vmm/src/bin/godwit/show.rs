@@ -53,7 +53,7 @@ pub(crate) fn migration(migration: &MigrationStatus) {
         println!("  downtime   {downtime}");
     }
     details(migration);
-    for RoundInfo { round, pages, zero_pages, bytes, duration_ms, dirty_pages: _ } in rounds {
+    for RoundInfo { round, pages, zero_pages, bytes, duration_ms, kinds: _, dirty_pages: _ } in rounds {
         println!(
             "  round {round:<4} {pages} pages, {zero_pages} of them zero, {} in {duration_ms}",
             HumanBytes(*bytes)

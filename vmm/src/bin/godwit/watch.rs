@@ -79,6 +79,8 @@ pub(crate) fn migrate(migrate: &Migrate) -> anyhow::Result<u8> {
         timeout_s: migrate.timeout,
         verify: migrate.verify,
         streams: migrate.streams,
+        codec: migrate.codec,
+        delta_cache_bytes: migrate.delta_cache,
         ..StartMigration::new(migrate.to.clone())
     });
     let Reply::Started(started) = ask(client, &request)? else { bail!("The migration was not started") };

@@ -1,0 +1,207 @@
+//! How memory goes over to another host: over how many connections, and made smaller by which codecs.
+
+use serde::{Deserialize, Serialize};
+use std::fmt;
+use std::num::NonZeroU16;
+use std::str::FromStr;
+use thiserror::Error;
+
+/// Over how many connections the memory of a guest goes, 1 to [`Streams::MAX`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "u16", into = "u16")]
+pub struct Streams(NonZeroU16);
+
+/// A number of streams that is not possible.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[error("{0} streams: give it 1 to {max}", max = Streams::MAX)]
+pub struct StreamsError(String);
+
+impl Streams {
+    /// The most of them.
+    pub const MAX: u16 = 64;
+}
+
+impl Default for Streams {
+    fn default() -> Self {
+        Self(NonZeroU16::MIN)
+    }
+}
+
+impl TryFrom<u16> for Streams {
+    type Error = StreamsError;
+
+    fn try_from(streams: u16) -> Result<Self, StreamsError> {
+        let possible = NonZeroU16::new(streams).filter(|streams| streams.get() <= Self::MAX);
+        possible.map(Self).ok_or_else(|| StreamsError(streams.to_string()))
+    }
+}
+
+impl FromStr for Streams {
+    type Err = StreamsError;
+
+    fn from_str(text: &str) -> Result<Self, StreamsError> {
+        text.parse().ok().and_then(|streams: u16| streams.try_into().ok()).ok_or_else(|| StreamsError(text.to_owned()))
+    }
+}
+
+impl From<Streams> for u16 {
+    fn from(Streams(streams): Streams) -> Self {
+        streams.get()
+    }
+}
+
+impl From<Streams> for NonZeroU16 {
+    fn from(Streams(streams): Streams) -> Self {
+        streams
+    }
+}
+
+/// How what is left of the pages is packed together.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Packing {
+    /// Not at all.
+    #[default]
+    Stored,
+    /// By LZ4.
+    Lz4,
+    /// By Zstandard, at a level from 1 to 9.
+    Zstd(u8),
+}
+
+/// Which codecs may make pages smaller; as text, their names with commas between, or `none`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct Codecs {
+    /// Zero pages are told, not sent. All other codecs bring this one along.
+    pub zero: bool,
+    /// Runs of equal words.
+    pub rle: bool,
+    /// What changed in a page since it was last sent.
+    pub delta: bool,
+    /// Pages that are equal to others.
+    pub dedup: bool,
+    /// LZ4 or Zstandard.
+    pub packing: Packing,
+}
+
+/// What is no list of codecs.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[error(
+    "{text:?} is no list of codecs: {why}; write none, or some of zero, rle, delta, dedup, lz4, zstd and zstd:1 to zstd:9 \
+     with commas between"
+)]
+pub struct CodecsError {
+    text: String,
+    why: String,
+}
+
+impl Codecs {
+    const NONE: Self = Self { zero: false, rle: false, delta: false, dedup: false, packing: Packing::Stored };
+
+    fn add(&mut self, name: &str) -> Result<(), String> {
+        self.zero = true;
+        match name.split_once(':').map_or((name, None), |(name, level)| (name, Some(level))) {
+            ("zero", None) => {}
+            ("rle", None) => self.rle = true,
+            ("delta", None) => self.delta = true,
+            ("dedup", None) => self.dedup = true,
+            ("lz4", None) => return self.pack(Packing::Lz4),
+            ("zstd", None) => return self.pack(Packing::Zstd(1)),
+            ("zstd", Some(level)) => match level.parse() {
+                Ok(level @ 1..=9) => return self.pack(Packing::Zstd(level)),
+                _ => return Err(format!("zstd has no level {level:?}")),
+            },
+            ("none", None) => return Err("none goes with no other".to_owned()),
+            _ => return Err(format!("there is no {name:?}")),
+        }
+        Ok(())
+    }
+
+    fn pack(&mut self, packing: Packing) -> Result<(), String> {
+        match std::mem::replace(&mut self.packing, packing) {
+            Packing::Stored => Ok(()),
+            Packing::Lz4 | Packing::Zstd(_) => Err("what is packed once is not packed again".to_owned()),
+        }
+    }
+}
+
+impl Default for Codecs {
+    fn default() -> Self {
+        Self { zero: true, ..Self::NONE }
+    }
+}
+
+impl FromStr for Codecs {
+    type Err = CodecsError;
+
+    fn from_str(text: &str) -> Result<Self, CodecsError> {
+        let mut codecs = Self::NONE;
+        if text != "none" {
+            let added = text.split(',').try_for_each(|name| codecs.add(name));
+            added.map_err(|why| CodecsError { text: text.to_owned(), why })?;
+        }
+        Ok(codecs)
+    }
+}
+
+impl fmt::Display for Codecs {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { zero, rle, delta, dedup, packing } = *self;
+        let named = [(rle, "rle"), (delta, "delta"), (dedup, "dedup"), (packing == Packing::Lz4, "lz4")];
+        let on = named.into_iter().filter(|(on, _)| *on);
+        let mut names: Vec<_> = on.map(|(_, name)| name.to_owned()).collect();
+        if let Packing::Zstd(level) = packing {
+            names.push(format!("zstd:{level}"));
+        }
+        match (names.is_empty(), zero) {
+            (true, false) => f.write_str("none"),
+            (true, true) => f.write_str("zero"),
+            (false, _) => f.write_str(&names.join(",")),
+        }
+    }
+}
+
+impl TryFrom<String> for Codecs {
+    type Error = CodecsError;
+
+    fn try_from(text: String) -> Result<Self, CodecsError> {
+        text.parse()
+    }
+}
+
+impl From<Codecs> for String {
+    fn from(codecs: Codecs) -> Self {
+        codecs.to_string()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lists_of_codecs_are_read_as_they_are_written() {
+        for text in ["none", "zero", "rle", "delta", "dedup", "lz4", "zstd:1", "zstd:9", "rle,delta,dedup,zstd:3"] {
+            assert_eq!(text.parse::<Codecs>().unwrap().to_string(), text);
+        }
+        assert_eq!("zstd,zero".parse::<Codecs>().unwrap().to_string(), "zstd:1");
+        assert_eq!(Codecs::default().to_string(), "zero");
+        assert!("delta".parse::<Codecs>().unwrap().zero, "it brings zero along");
+    }
+
+    #[test]
+    fn what_is_no_list_is_told_what_there_is() {
+        for (text, why) in [
+            ("", r#"there is no """#),
+            ("gzip", r#"there is no "gzip""#),
+            ("rle,none", "none goes with no other"),
+            ("zstd:0", r#"zstd has no level "0""#),
+            ("zstd:10", r#"zstd has no level "10""#),
+            ("lz4:3", r#"there is no "lz4:3""#),
+            ("lz4,zstd", "not packed again"),
+        ] {
+            let error = text.parse::<Codecs>().unwrap_err().to_string();
+            assert!(error.contains(why) && error.contains("zero, rle, delta, dedup, lz4, zstd"), "{text}: {error}");
+        }
+    }
+}
