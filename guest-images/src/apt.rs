@@ -1,4 +1,4 @@
-//! Debian packages, fetched and checked by apt and unpacked beside the system, never installed.
+//! Debian packages and their sources, fetched and checked by apt and unpacked beside the system, never installed.
 //!
 //! Called by the recipes. apt knows the mirrors and verifies the archive's signature down to the package's checksum, so
 //! no host name and no key stand in this repository.
@@ -16,6 +16,8 @@ use crate::command;
 const APT: &str = "apt";
 /// The Debian package of `dpkg-deb`.
 const DPKG: &str = "dpkg";
+/// The Debian package of `dpkg-source`, and of what unpacking a source takes: `patch`, `tar`, `xz`.
+pub(crate) const DPKG_DEV: &str = "dpkg-dev";
 
 /// Debian packages whose tools fetch and unpack others; every Debian machine has them.
 pub(crate) const PACKAGES: &[&str] = &[APT, DPKG];
@@ -82,6 +84,23 @@ impl Sources {
             bail!("apt-get downloaded nothing for {package} {version}");
         };
         command::run(Command::new("dpkg-deb").arg("-x").arg(archive?.path()).arg(into), DPKG)?;
+        Ok(())
+    }
+
+    /// Downloads the newest source of a package and unpacks it as the directory `into`, with Debian's patches applied.
+    pub(crate) fn unpack_source(&self, package: &str, into: &Path) -> Result<()> {
+        let download = tempfile::tempdir().context("Cannot make a temporary directory")?;
+        tracing::info!(package, "downloading the source");
+        let mut get = self.command("apt-get");
+        get.args(["-q", "source", "--only-source", "--download-only", package]).current_dir(download.path());
+        command::run(&mut get, APT)?;
+        let files = fs::read_dir(download.path())?.map(|entry| Ok(entry?.path())).collect::<Result<Vec<_>>>()?;
+        let description = files.iter().find(|path| path.extension().is_some_and(|kind| kind == "dsc"));
+        let description = description.with_context(|| format!("apt-get downloaded no source of {package}"))?;
+        // apt has compared the checksums with those of the archive's signed index.
+        let mut unpack = Command::new("dpkg-source");
+        unpack.args(["--no-check", "--extract"]).arg(description).arg(into);
+        command::run(&mut unpack, DPKG_DEV)?;
         Ok(())
     }
 }

@@ -1,9 +1,9 @@
 //! Guest images and an emulator from Debian packages, and the micro guest.
 //!
 //! Called by the tests, the benches and xtask: [`Images::open`] names a cache directory, each of its methods gives one
-//! image and builds it first when it is not there or its ingredients changed. Everything comes from packages that apt
-//! checks (or is assembled from this folder); nothing is installed, and no recipe needs the network once its entry is
-//! in the cache, apart from what apt's own package lists say about the newest version.
+//! image and builds it first when it is not there or its ingredients changed. Everything comes from packages and sources
+//! that apt checks (or is assembled from this folder); nothing is installed, and no recipe needs the network once its
+//! entry is in the cache, apart from what apt's own package lists say about the newest version.
 
 mod apt;
 mod cache;

@@ -52,10 +52,21 @@ impl Mirror {
 
     /// The `deb` line of this release's backports, from where the release itself comes.
     pub(crate) fn backports(&self) -> Result<String> {
+        self.suite(&format!("{}-backports", self.codename))
+    }
+
+    /// The `deb` and `deb-src` lines of a suite, from where this release comes.
+    pub(crate) fn with_source(&self, suite: &str) -> Result<String> {
+        let packages = self.suite(suite)?;
+        let source = packages.replacen("deb ", "deb-src ", 1);
+        Ok(packages + &source)
+    }
+
+    fn suite(&self, suite: &str) -> Result<String> {
         let release = format!(" {} main", self.codename);
         let line = self.sources.lines().find(|line| line.ends_with(&release));
         let line = line.with_context(|| format!("apt has no package lists of Debian {}", self.codename))?;
-        Ok(format!("{} {}-backports main\n", line.trim_end_matches(&release), self.codename))
+        Ok(format!("{} {suite} main\n", line.trim_end_matches(&release)))
     }
 
     fn from_apt(codename: &str, targets: &str, settings: &str) -> Self {
@@ -93,6 +104,8 @@ mod tests {
         assert_eq!(mirror.sources, expected);
         let backports = line("http://mirror.test/debian/", "bookworm-backports");
         assert_eq!(mirror.backports().unwrap(), backports);
+        let trixie = line("http://mirror.test/debian/", "trixie");
+        assert_eq!(mirror.with_source("trixie").unwrap(), format!("{trixie}{}", trixie.replace("deb [", "deb-src [")));
         let only_security = Mirror::from_apt("bookworm", "Debian|bookworm-security|main|http://s.test/\n", "");
         assert!(only_security.backports().is_err());
         assert_eq!(mirror.options, ["Acquire::http::Proxy \"http://p:1\"", "Acquire::Check-Date \"false\""]);

@@ -6,6 +6,7 @@ use std::collections::BTreeSet;
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail, ensure};
+use godwit_tests::place::Accelerator;
 use guest_images::{debian, emulator, kernel, micro, tiny};
 
 /// What a nested lab is made of beside QEMU: the shell and the network tools inside, mke2fs for its root, ldd, and setpriv
@@ -14,13 +15,14 @@ const LAB: &[&str] = &["busybox-static", "iproute2", "e2fsprogs", "libc-bin", "u
 
 /// Packages of `cargo xtask lab`.
 pub(crate) fn for_lab() -> Vec<&'static str> {
-    [emulator::PACKAGES, LAB, kernel::PACKAGES].concat()
+    [emulator::PACKAGES, to_emulate(&Accelerator::candidates()), LAB, kernel::PACKAGES].concat()
 }
 
 /// Packages of `cargo xtask test`.
 pub(crate) fn for_test() -> Vec<&'static str> {
     [
         emulator::PACKAGES,
+        to_emulate(&Accelerator::candidates()),
         LAB,
         kernel::PACKAGES,
         tiny::PACKAGES,
@@ -35,6 +37,11 @@ pub(crate) fn for_test() -> Vec<&'static str> {
 /// with.
 pub(crate) fn for_migration_bench() -> Vec<&'static str> {
     [emulator::PACKAGES, micro::PACKAGES, &["iperf3", "iproute2", "util-linux"]].concat()
+}
+
+/// What the emulator of a lab is built with, where there is no way but to emulate it.
+fn to_emulate(candidates: &[Accelerator]) -> &'static [&'static str] {
+    if candidates == [Accelerator::Tcg] { emulator::BUILD_PACKAGES } else { &[] }
 }
 
 /// Installs those that are missing, and says which before it does.
@@ -109,6 +116,8 @@ fn is_root() -> bool {
 
 #[cfg(test)]
 mod tests {
+    use godwit_tests::place::Virtualization;
+
     use super::*;
 
     #[test]
@@ -116,6 +125,12 @@ mod tests {
         let listing = "libc-bin installed\nzlib1g:amd64 installed\nqemu-system-x86 config-files\n";
         let missing = not_installed(&["libc-bin", "zlib1g", "qemu-system-x86", "iproute2"], listing);
         assert_eq!(missing.into_iter().collect::<Vec<_>>(), ["iproute2", "qemu-system-x86"]);
+    }
+
+    #[test]
+    fn compilers_come_only_where_a_lab_must_be_emulated() {
+        assert!(to_emulate(&[Accelerator::Tcg]).contains(&"gcc"));
+        assert!(to_emulate(&[Accelerator::Kvm(Virtualization::Svm), Accelerator::Tcg]).is_empty());
     }
 
     #[test]

@@ -27,16 +27,6 @@ const LOOK: Duration = Duration::from_millis(50);
 /// What the lab's kernel is told. The lab is trusted and short-lived, and its processor is emulated: no mitigations.
 const KERNEL_ARGUMENTS: &str = "console=ttyS0 panic=1 reboot=t quiet mitigations=off net.ifnames=0";
 
-/// No thread of the emulator is interrupted to wake another (sched(7), SCHED_BATCH).
-///
-/// To raise an interrupt, one thread wakes the processor's thread and then asks it to leave its loop. If it is interrupted
-/// in between, the request comes late: after the processor has entered a guest with an interrupt to inject. `helper_vmrun`
-/// (target/i386/tcg/sysemu/svm_helper.c, QEMU 7.2) injects it and leaves its vector in `exception_index`, and
-/// `cpu_handle_interrupt` (accel/tcg/cpu-exec.c), asked to leave, takes that for an exception still to be delivered. So the
-/// guest gets the interrupt twice, the second time with interrupts off: its kernel waits for a lock that it holds itself, or
-/// runs on with the user's GS.
-const UNHURRIED: [&str; 3] = ["chrt", "--batch", "0"];
-
 /// What QEMU is started with.
 #[derive(Debug, Clone)]
 pub(super) struct Hardware {
@@ -154,7 +144,7 @@ fn command(hardware: &Hardware, folder: &Path) -> Result<Command> {
     let complaints = File::create(folder.join(COMPLAINTS)).context("Cannot make the log of QEMU")?;
     // setpriv sets the parent-death signal for what it becomes, which std can do only by unsafe code.
     let mut command = Command::new("setpriv");
-    command.args(["--pdeathsig", "KILL"]).args(UNHURRIED).arg(hardware.qemu.program()).args(hardware.qemu.options());
+    command.args(["--pdeathsig", "KILL"]).arg(hardware.qemu.program()).args(hardware.qemu.options());
     command.args(["-name", "godwit-lab"]);
     command.args(["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-monitor", "none"]);
     command.args(["-machine", "q35", "-net", "none"]);

@@ -1,8 +1,13 @@
 //! The `emulator` recipe: a QEMU whose software emulation bears a nested lab.
 //!
-//! QEMU before 8.1, as Debian 12 has it, can keep the translation of code that another processor has changed since
-//! ("accel/tcg: Always lock pages before translation", QEMU 8.1). So where the installed QEMU is older, a newer one is taken
-//! from the release's backports and unpacked beside the system. The libraries that it needs are those of the installed one.
+//! Two faults of QEMU lose nested guests. Every version that Debian has may deliver an interrupt twice, so QEMU is built
+//! from Debian's source with that cured (`build.rs`): from the release's own where that is 8.1 or newer, else from the
+//! next one's. Versions before 8.1, as Debian 12 has one, can also keep the translation of code that another processor has
+//! changed since ("accel/tcg: Always lock pages before translation", QEMU 8.1). So where nothing can be built and the
+//! installed QEMU is older, a newer one is taken from the release's backports and unpacked beside the system. The libraries
+//! that it needs are those of the installed one; so is the firmware of the one that is built.
+
+mod build;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -16,12 +21,16 @@ use crate::mirror::{Mirror, codename};
 
 /// Debian packages that must be installed: QEMU with its libraries, and the key of the archive.
 pub const PACKAGES: &[&str] = &["qemu-system-x86", "debian-archive-keyring"];
+/// Debian packages that building takes besides, where a lab must be emulated.
+pub const BUILD_PACKAGES: &[&str] = build::PACKAGES;
 const PROGRAM: &str = "qemu-system-x86_64";
-/// The first version that can be relied on.
+/// The first version whose translations can be relied on.
 const SOUND: (u32, u32) = (8, 1);
-/// The emulator, and the firmware that its machines need.
+/// The release of Debian whose QEMU is built where the installed one is older.
+const NEWER_RELEASE: &str = "trixie";
+/// The emulator of backports, and the firmware that its machines need.
 const UNPACKED: &[&str] = &["qemu-system-x86", "qemu-system-data", "seabios"];
-/// Where those have the firmware, below their root.
+/// Where those have the firmware, below their root or, installed, the system's.
 const FIRMWARE: &[&str] = &["usr/share/qemu", "usr/share/seabios"];
 const REVISION: &str = "1";
 
@@ -41,6 +50,11 @@ impl Emulator {
     pub(crate) fn find(cache: &Cache) -> Result<Self> {
         let told = command::run(Command::new(PROGRAM).arg("--version"), PACKAGES[0])?;
         let version = version(&told).with_context(|| format!("`{PROGRAM} --version` tells no version: {told}"))?;
+        let error = match Self::built(cache, version) {
+            Err(error) if !error.is::<build::Unfit>() => error,
+            built => return built,
+        };
+        tracing::warn!("QEMU cannot be built, so an emulated guest may be lost now and then: {error:#}");
         if version >= SOUND {
             return Ok(Self::installed());
         }
@@ -53,6 +67,12 @@ impl Emulator {
             );
             Ok(Self::installed())
         })
+    }
+
+    fn built(cache: &Cache, installed: (u32, u32)) -> Result<Self> {
+        let release = if installed >= SOUND { codename()? } else { NEWER_RELEASE.to_owned() };
+        let program = build::program(cache, &release)?;
+        Ok(Self { program, firmware: FIRMWARE.iter().map(|folder| Path::new("/").join(folder)).collect() })
     }
 
     fn backported(cache: &Cache) -> Result<Self> {
