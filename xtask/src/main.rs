@@ -6,6 +6,9 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use tracing_subscriber::filter::{LevelFilter, Targets};
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
 
 mod bench;
 mod check;
@@ -44,6 +47,7 @@ enum Task {
 }
 
 fn main() -> ExitCode {
+    show_recipes();
     let done = match Arguments::parse().task {
         Task::Demo(options) => demo::demo(&options),
         Task::Bench(options) => bench::bench(&options),
@@ -57,4 +61,10 @@ fn main() -> ExitCode {
         eprintln!("{error:#}");
         ExitCode::FAILURE
     })
+}
+
+/// Shows what the recipes of guest images log: their steps, which may take minutes, and what they had to do without.
+fn show_recipes() {
+    let lines = tracing_subscriber::fmt().without_time().with_target(false).with_writer(std::io::stderr);
+    lines.finish().with(Targets::new().with_target("guest_images", LevelFilter::INFO)).init();
 }
