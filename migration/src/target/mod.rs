@@ -8,7 +8,7 @@
 //! any state but the last ──wrong frame, Abort, lost link──► fault: the guest is not this host's, and never will be
 //! ```
 //! The invariant: the guest runs here only after the claim `Mine` of its session stands in the [`Claims`], and a claim
-//! that stands never changes. [`receive`] drives the states over a link.
+//! that stands never changes. [`receive()`] drives the states over a link.
 
 mod error;
 mod filling;
