@@ -16,8 +16,8 @@ pub(crate) struct Transcript {
     hasher: Hasher,
 }
 
-/// A transcript's content at some moment.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// A transcript's content at some moment. The default is that of a stream that has not been heard of.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct TranscriptDigest {
     /// How many frames there were.
     pub frames: u64,

@@ -24,6 +24,14 @@ pub trait GuestPages: Clone + Send + Sync + 'static {
     /// How many pages at the start of the run the host has never backed with memory, so that they are zero and need not
     /// be read (reading would back them). 0 where the host does not know.
     fn leading_hole(&self, run: PageRun) -> u32;
+
+    /// Backs whole runs of pages with memory before they are written, in larger pages than they would get one by one, and
+    /// keeps what they hold. Advice: a page that is not backed now is so when it is written. `false` if the host cannot, so
+    /// that it need not be asked again.
+    fn populate(&self, run: PageRun) -> bool {
+        let _ = run;
+        false
+    }
 }
 
 /// Why a guest, its host or its record did not do what was asked, whatever type the implementation has for it.

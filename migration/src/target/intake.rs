@@ -3,6 +3,7 @@
 //! *Invariant*: no stream goes on to the next round before all have ended this one ([`Intake::end_round`]). So what a round
 //! brings a page is never overtaken by an older content of the same page on another stream.
 
+use super::backing::Backing;
 use super::error::Fault;
 use crate::bell::Bell;
 use crate::channel::TICK;
@@ -21,6 +22,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 pub(super) struct Intake<M> {
     memory: M,
     regions: Vec<RamRegion>,
+    backing: Backing,
     /// The pages that are not zero any more.
     pub(super) written: PageSet,
     /// The pages that came in a block in the round under way.
@@ -55,13 +57,12 @@ struct Round {
 impl<M: GuestPages> Intake<M> {
     /// Fresh memory, which `streams` streams will fill.
     pub(super) fn new(memory: M, regions: Vec<RamRegion>, streams: u16) -> Self {
-        let none = TranscriptDigest { frames: 0, digest: 0 };
-        let transcripts = vec![none; usize::from(streams) - 1];
+        let transcripts = vec![TranscriptDigest::default(); usize::from(streams) - 1];
         let round = Round { number: 1, ended: 0, last: PageCounts::default(), over: false, failure: None, transcripts };
         let written = PageSet::new(regions.iter().map(|region| region.pages));
         let arrived = PageSet::new(regions.iter().map(|region| region.pages));
-        let (round, news, came) = (Mutex::new(round), Bell::new(), Came::default());
-        Self { memory, regions, written, arrived, round, news, came }
+        let (backing, round, news, came) = (Backing::new(&regions), Mutex::new(round), Bell::new(), Came::default());
+        Self { memory, regions, backing, written, arrived, round, news, came }
     }
 
     pub(super) fn memory(&self) -> &M {
@@ -77,7 +78,7 @@ impl<M: GuestPages> Intake<M> {
         u16::try_from(self.lock().transcripts.len()).expect("a number of 16 bits less one")
     }
 
-    /// Checks the records of one frame, and counts its pages.
+    /// Checks the records of one frame, counts its pages, and sees to memory for them.
     pub(super) fn take(&self, records: Records<'_>, share: &mut PageCounts) -> Result<(), Fault> {
         let mut frame = PageCounts::default();
         for (run, code) in records.iter() {
@@ -86,6 +87,7 @@ impl<M: GuestPages> Intake<M> {
         }
         *share += frame;
         *self.pages() += frame;
+        self.backing.expect(records, &self.memory);
         Ok(())
     }
 

@@ -10,6 +10,7 @@
 //! The invariant: the guest runs here only after the claim `Mine` of its session stands in the [`Claims`], and a claim
 //! that stands never changes. [`receive()`] drives the states over a link.
 
+mod backing;
 mod error;
 mod filling;
 mod install;
