@@ -126,7 +126,7 @@ mod tests {
     fn a_source_that_has_changed_is_refused() {
         let changed = source(3);
         let path = changed.path().join(PATCHED);
-        fs::write(&path, fs::read_to_string(&path).unwrap().replace("XXX", "yes")).unwrap();
+        fs::write(&path, fs::read_to_string(&path).unwrap().replace("env, vector, 1", "env, vector, 0")).unwrap();
         let mended = source(3);
         patch(mended.path()).unwrap();
         let moved = tempfile::tempdir().unwrap();
