@@ -13,6 +13,7 @@ use serde_json::Value;
 use super::cell::Link;
 use super::stage::{MOVE_WITHIN, Stage, WORK, await_work, text, verify};
 use super::usage::{Usage, Watch};
+use super::warmth::warm_up;
 use super::wire::End;
 use super::{Figures, per_second};
 use crate::bench::Figure;
@@ -37,6 +38,7 @@ pub(super) fn migrate(stage: &Stage<'_>, options: &[String], turn: usize) -> Res
     };
     let mut arrival = target.console()?;
     sleep(WORK);
+    warm_up(stage.guest)?;
     let watch = Watch::begin([source.pid(), target.pid()])?;
     let status = order(stage, &source, &target, options)?;
     let usage = watch.end()?;

@@ -15,6 +15,7 @@ use super::cell::Variant;
 use super::plan::{MAX_DOWNTIME_MS, MAX_ROUNDS};
 use super::stage::{BOOT_WITHIN, MOVE_WITHIN, Stage, WORK, await_work, text, verify};
 use super::usage::{Usage, Watch};
+use super::warmth::warm_up;
 use super::wire::End;
 use super::{Figures, per_second};
 use crate::bench::Figure;
@@ -50,11 +51,12 @@ pub(super) fn migrate(stage: &Stage<'_>, variant: Variant, turn: usize) -> Resul
     there.call("migrate-incoming", &json!({ "uri": format!("tcp:{address}:0") }))?;
     let port = listening_port(&there.call("query-migrate", &json!({}))?)?;
     sleep(WORK);
+    warm_up(stage.guest)?;
     let watch = Watch::begin([source.child.id(), target.child.id()])?;
     here.call("migrate", &json!({ "uri": format!("tcp:{address}:{port}") }))?;
     await_completion(&mut here)?;
     let usage = watch.end()?;
-    let report = here.call("query-migrate", &json!({}))?;
+    let report = final_report(&mut here)?;
     // It keeps its console otherwise, and the silence has no beginning.
     drop(source);
     let downtime = silence::between(&mut departure, &mut arrival)?;
@@ -104,6 +106,19 @@ fn await_completion(qmp: &mut Qmp) -> Result<()> {
             }
             _ => {}
         }
+    }
+}
+
+/// What QEMU reports of a migration that is completed: it says so before it has summed up.
+fn final_report(qmp: &mut Qmp) -> Result<Value> {
+    let deadline = Instant::now() + BOOT_WITHIN;
+    loop {
+        let report = qmp.call("query-migrate", &json!({}))?;
+        if report["total-time"].as_u64().is_some_and(|total| total > 0) {
+            return Ok(report);
+        }
+        ensure!(Instant::now() < deadline, "QEMU does not tell how long it took: {report}");
+        sleep(LOOK_EVERY);
     }
 }
 

@@ -14,6 +14,7 @@ pub mod plan;
 mod qmp;
 mod stage;
 mod usage;
+mod warmth;
 mod wire;
 
 use std::collections::BTreeMap;

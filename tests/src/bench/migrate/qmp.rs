@@ -3,13 +3,17 @@
 //! It blocks. Events that come between a command and its answer are kept until somebody waits for them.
 
 use std::collections::VecDeque;
-use std::io::{BufRead, BufReader, Write};
+use std::io::{self, BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::time::Duration;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
+
+/// How long to wait between two attempts to connect.
+const RETRY: Duration = Duration::from_millis(5);
 
 /// An event: its name and its data.
 #[derive(Debug, Clone, PartialEq)]
@@ -31,9 +35,20 @@ pub(super) struct Qmp<R, W> {
 impl Qmp<BufReader<UnixStream>, UnixStream> {
     /// Connects; an answer or an event that takes longer than `within` is an error.
     pub(super) fn connect(path: &Path, within: Duration) -> Result<Self> {
-        let stream = UnixStream::connect(path).with_context(|| format!("No QEMU at {}", path.display()))?;
+        let stream = connect(path, within).with_context(|| format!("No QEMU at {}", path.display()))?;
         stream.set_read_timeout(Some(within))?;
         Self::greet(BufReader::new(stream.try_clone()?), stream)
+    }
+}
+
+/// Connects to a socket that is there, but perhaps not listened at yet.
+fn connect(path: &Path, within: Duration) -> io::Result<UnixStream> {
+    let deadline = Instant::now() + within;
+    loop {
+        match UnixStream::connect(path) {
+            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused && Instant::now() < deadline => sleep(RETRY),
+            answer => return answer,
+        }
     }
 }
 
