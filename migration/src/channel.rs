@@ -4,7 +4,7 @@
 use crate::digest::{Transcript, TranscriptDigest};
 use crate::guest::HostError;
 use crate::link::{Link, LinkError};
-use crate::wire::{Frame, FrameError, HEADER_BYTES, Header, Pages};
+use crate::wire::{Frame, FrameError, HEADER_BYTES, Header, Kind, Pages};
 use std::error::Error;
 use std::fmt::Write as _;
 use std::time::Duration;
@@ -63,9 +63,22 @@ impl<'l, L: Link> Channel<'l, L> {
 
     /// Receives a frame into `body`. After `Pages`, the bytes of the raw runs must be received next.
     pub(crate) fn receive<'b>(&mut self, body: &'b mut Vec<u8>) -> Result<Frame<'b>, ChannelError> {
+        self.receive_if(|_| true, body).map(|frame| frame.expect("every kind is due"))
+    }
+
+    /// Receives a frame into `body` if its kind is due. Of another kind only the header is read, so that no room is made for
+    /// what nobody waits for; the link is good for nothing then.
+    pub(crate) fn receive_if<'b>(
+        &mut self,
+        due: impl FnOnce(Kind) -> bool,
+        body: &'b mut Vec<u8>,
+    ) -> Result<Result<Frame<'b>, Kind>, ChannelError> {
         let mut head = [0; HEADER_BYTES];
         self.link.receive(&mut head)?;
         let header = Header::parse(&head)?;
+        if !due(header.kind()) {
+            return Ok(Err(header.kind()));
+        }
         body.clear();
         while body.len() < header.body_bytes() {
             let at = body.len();
@@ -76,7 +89,7 @@ impl<'l, L: Link> Channel<'l, L> {
         self.before_last = self.received.digest();
         self.received.add(&head, body);
         self.count(HEADER_BYTES + body.len());
-        Ok(frame)
+        Ok(Ok(frame))
     }
 
     /// Receives the bytes of raw runs.

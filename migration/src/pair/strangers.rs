@@ -9,7 +9,7 @@ use crate::link::{Link, LinkError};
 use crate::progress::Unobserved;
 use crate::source::{self, Failed, Further, Outcome, SourceError, Surroundings};
 use crate::target::Fault;
-use crate::wire::{Frame, FrameError, HEADER_BYTES, Header, Kind, Running};
+use crate::wire::{Frame, FrameError, HEADER_BYTES, Header, Kind, MAX_STATE, Running};
 use crate::{CancelToken, Claim, Clock, Mode};
 use proptest::prelude::*;
 use std::time::Duration;
@@ -80,6 +80,19 @@ fn a_length_over_its_bound_is_not_waited_for() {
     let (fault, words) = to_target(&state);
     assert!(matches!(fault, Fault::Frame(FrameError::Length { kind: Kind::State, .. })), "{fault}");
     assert!(words.is_some());
+}
+
+/// Of 64 streams, each might announce 64 MiB.
+#[test]
+fn no_room_is_made_for_a_frame_that_is_not_due() {
+    let (mut near, mut far, _, _) = connect(Weather::default(), &CancelToken::new());
+    let mut state = encoded(&Frame::State(b""));
+    state[8..12].copy_from_slice(&u32::try_from(MAX_STATE).unwrap().to_le_bytes());
+    near.send(&state, &[]).unwrap();
+    let mut body = Vec::new();
+    let frame = Channel::new(&mut far).receive_if(|kind| kind == Kind::Join, &mut body);
+    assert_eq!(frame.unwrap().unwrap_err(), Kind::State, "it does not wait for the body");
+    assert_eq!(body.capacity(), 0);
 }
 
 #[test]

@@ -52,7 +52,7 @@ struct Orders {
 }
 
 /// What the driver knows of one further stream when it is done with a round.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Default)]
 struct Share {
     transcript: TranscriptDigest,
     in_flight: u64,
@@ -202,8 +202,7 @@ impl<'a, C: Cutter> Crew<'a, C> {
     {
         let (streams, stream) = (self.streams, self.cutters.len());
         self.cutters.push(link.cutter()?);
-        let none = Share { transcript: TranscriptDigest { frames: 0, digest: 0 }, in_flight: 0 };
-        streams.lock().shares.push(none);
+        streams.lock().shares.push(Share::default());
         let serve = move || {
             (terms.thread)();
             link.set_patience(terms.patience);

@@ -14,7 +14,7 @@ use crate::codec::block::Unpacker;
 use crate::counts::PageCounts;
 use crate::guest::{Claims, GuestPages};
 use crate::link::{Cutter, Link};
-use crate::wire::{Frame, Join, MAX_STREAMS};
+use crate::wire::{Frame, Join, Kind, MAX_STREAMS};
 use std::collections::VecDeque;
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -123,7 +123,9 @@ where
     {
         link.set_patience(JOINING);
         let (mut channel, mut body) = (Channel::new(&mut link), Vec::new());
-        match channel.receive(&mut body)? {
+        let due = |kind| matches!(kind, Kind::Join | Kind::Query);
+        let out_of_turn = |found| Fault::OutOfTurn { found, when: "when a stream was to join" };
+        match channel.receive_if(due, &mut body)?.map_err(out_of_turn)? {
             Frame::Join(Join { session, stream }) if session == self.session && missing.contains(&stream) => {
                 missing.retain(|&other| other != stream);
                 self.hire(scope, link, stream).map_err(|error| Fault::Link(error.into()))
@@ -132,7 +134,7 @@ where
                 let claim = verdict(session, claims, self.claims)?;
                 channel.send(&Frame::Verdict(claim)).map_err(Fault::Link)
             }
-            other => Err(Fault::OutOfTurn { found: other.kind(), when: "when a stream was to join" }),
+            other => Err(out_of_turn(other.kind())),
         }
     }
 
@@ -196,7 +198,9 @@ impl<L: Link, M: GuestPages> Worker<'_, '_, L, M> {
 
     /// Takes one frame. `false` if nothing more is expected.
     fn step(&mut self) -> Result<bool, Fault> {
-        match self.channel.receive(&mut self.body)? {
+        let due = |kind| matches!(kind, Kind::Pages | Kind::RoundEnd);
+        let out_of_turn = |found| Fault::OutOfTurn { found, when: "on a further stream" };
+        match self.channel.receive_if(due, &mut self.body)?.map_err(out_of_turn)? {
             Frame::Pages(pages) => {
                 self.intake.take(pages.records, &mut self.share)?;
                 let link = self.channel.link();
@@ -212,7 +216,7 @@ impl<L: Link, M: GuestPages> Worker<'_, '_, L, M> {
                 let (share, transcript) = (std::mem::take(&mut self.share), self.channel.received());
                 self.intake.end_round(self.stream, end, share, transcript, self.channel.link())
             }
-            other => Err(Fault::OutOfTurn { found: other.kind(), when: "on a further stream" }),
+            other => Err(out_of_turn(other.kind())),
         }
     }
 
