@@ -64,8 +64,8 @@ pub struct Description {
 
 /// A running guest that is to leave.
 ///
-/// Calls come in pairs of a step and its way back: `start_dirty_log`/`stop_dirty_log`, `pause`/`resume`,
-/// `release`/`reacquire`, `record_given_away`/`record_kept`. When a migration fails, the engine calls the way back of
+/// Calls come in pairs of a step and its way back: `start_dirty_log`/`stop_dirty_log`,
+/// `record_given_away`/`record_kept`, `pause`/`resume`, `release`/`reacquire`. When a migration fails, the engine calls the way back of
 /// every step it has *tried*, last first; so a way back must also undo a step that failed halfway.
 pub trait SourceGuest {
     /// Why the guest did not do what was asked.
@@ -126,7 +126,8 @@ pub trait SourceGuest {
     /// If something is still held elsewhere.
     fn reacquire(&mut self) -> Result<(), Self::Error>;
 
-    /// Records durably that the guest is given away. The engine sends `Go` right after.
+    /// Records durably that the guest may be another's from now on. Called before `pause`, so that the guest need not wait
+    /// for a disk.
     ///
     /// # Errors
     /// If the record is not certainly durable.
@@ -135,7 +136,7 @@ pub trait SourceGuest {
     /// Records durably that the guest stayed here after all.
     ///
     /// # Errors
-    /// If the record is not certainly durable; the guest stays paused then.
+    /// If the record is not certainly durable. The guest runs, but will not be started here again before somebody looks.
     fn record_kept(&mut self, session: Uuid) -> Result<(), Self::Error>;
 
     /// Brings the guest back to the run state it had before `pause`.
@@ -224,8 +225,9 @@ pub enum Claim {
 /// The target's record of the sessions it has decided. What makes two owners impossible when `Go` and a question about
 /// it overtake each other is that the first claim of a session stands.
 ///
-/// `Mine` must survive a crash of the host; `NotMine` need only last as long as the process, because a link dies with it
-/// and `Go` with the link.
+/// That a session's claim may be `Mine` must survive a crash of the host, and be so before [`Ready`](crate::wire::Frame::Ready):
+/// the guest's memory ends with the host, but what it did to its disks does not. `NotMine` need only last as long as the
+/// process, because a link dies with it and `Go` with the link.
 pub trait Claims {
     /// Why the record could not be kept.
     type Error: Error + Send + Sync + 'static;

@@ -147,14 +147,15 @@ fn pages_that_are_zero_from_the_start_are_not_touched() {
 #[test]
 fn the_guest_is_led_through_its_steps_in_order() {
     let world = World::new();
-    let guest = FakeGuest { fails: Some("record_given_away"), ..FakeGuest::new(&world) };
+    let guest = FakeGuest::new(&world);
     let weather = Weather::default();
-    let attempt = migrate(guest, &mut FakeHost::new(&world), &MemoryClaims::default(), &plan(Mode::Live), weather);
+    let mut host = FakeHost { fails: Some("restore"), ..FakeHost::new(&world) };
+    let attempt = migrate(guest, &mut host, &MemoryClaims::default(), &plan(Mode::Live), weather);
     let Outcome::StillOurs(failed) = attempt.outcome else { panic!("{:?}", attempt.outcome) };
     let mut calls = failed.guest.calls;
     calls.dedup();
-    let there = ["start_dirty_log", "harvest_dirty", "pause", "save", "harvest_dirty", "release", "record_given_away"];
-    let back = ["record_kept", "reacquire", "resume", "stop_dirty_log"];
+    let there = ["start_dirty_log", "harvest_dirty", "record_given_away", "pause", "save", "harvest_dirty", "release"];
+    let back = ["reacquire", "resume", "record_kept", "stop_dirty_log"];
     assert_eq!(calls, [there.as_slice(), back.as_slice()].concat());
 }
 

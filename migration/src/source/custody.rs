@@ -1,7 +1,8 @@
 //! The guest in the engine's hands: what was done to it, and how it is given back as it was.
 //!
 //! Each step is noted *before* it is tried, and a failure goes back through the notes, last step first. So disks are
-//! locked again before the guest runs again, and the dirty log is ended after, outside of the guest's downtime.
+//! locked again before the guest runs again, and the record is set right and the dirty log ended after, outside of the
+//! guest's downtime.
 
 use super::error::SourceError;
 use crate::channel::{host_error, in_words};
@@ -17,9 +18,9 @@ const RETRY: Duration = Duration::from_millis(50);
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Step {
     DirtyLog,
+    GivenAway,
     Pause,
     Release,
-    GivenAway,
 }
 
 /// A guest, and the steps to take back if it stays.
@@ -71,10 +72,9 @@ impl<G: SourceGuest> Custody<G> {
         while let Some(step) = self.steps.pop() {
             let Err(error) = self.take_back(step, clock, patience) else { continue };
             tracing::error!(error = in_words(&error), "the guest is not as it was before the failed migration");
-            let stop = matches!(step, Step::GivenAway | Step::Release);
             stuck.get_or_insert(error);
-            if stop {
-                // A guest that may be another's, or whose disks are, must not run.
+            if step == Step::Release {
+                // A guest whose disks are another's must not run.
                 break;
             }
         }

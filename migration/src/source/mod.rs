@@ -6,9 +6,11 @@
 //!                └───────────(stop)──────────────────────▲                                  └──────────► InDoubt
 //!             any failure ──► StillOurs: every step taken back, the guest runs on, the target is told why
 //! ```
-//! Each state consumes the one before, and holds the guest. What must never happen is that two hosts run it. So nothing
-//! may fail between the record "given away" and `Go`, and after `Go` has been tried nothing resumes the guest here but
-//! the target's word, or the operator's: see [`InDoubt`].
+//! Each state consumes the one before, and holds the guest. What must never happen is that two hosts run it. So before `Go`
+//! the record says that the guest may be another's, and after `Go` has been tried nothing resumes the guest here but the
+//! target's word, or the operator's: see [`InDoubt`]. The record is written before the guest is paused, since a disk takes
+//! longer to make it durable than all the rest of a hand-over; until `Go` it says more than is true, which at worst has an
+//! operator look at the target after a crash of this host.
 
 mod custody;
 mod doubt;
@@ -306,6 +308,7 @@ impl<G: SourceGuest> Precopy<G> {
 
     fn capture<L: Link>(&mut self, drive: &mut Drive<'_, L>) -> Result<Vec<u8>, SourceError> {
         drive.check()?;
+        self.custody.take(Step::GivenAway)?;
         drive.pausing();
         self.custody.take(Step::Pause)?;
         let saved = self.custody.guest.save();
@@ -359,10 +362,10 @@ impl<G: SourceGuest> Sealed<G> {
 }
 
 impl<G: SourceGuest> Ready<G> {
-    /// Gives the guest away: recorded, then said.
-    fn go<L: Link>(mut self, drive: &mut Drive<'_, L>) -> Outcome<G> {
+    /// Gives the guest away.
+    fn go<L: Link>(self, drive: &mut Drive<'_, L>) -> Outcome<G> {
         drive.enter(Phase::HandingOver);
-        if let Err(cause) = drive.check().and_then(|()| self.custody.take(Step::GivenAway)) {
+        if let Err(cause) = drive.check() {
             return Outcome::StillOurs(*fail(self.custody, cause, drive));
         }
         // No return. Even a `Go` that could not be sent may have arrived.

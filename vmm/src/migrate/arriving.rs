@@ -1,6 +1,7 @@
 //! A machine on its way in: what the migration engine does with this host at the target.
 
 use super::offer::MachineOffer;
+use super::ownership::OwnershipError;
 use crate::config::{ConfigError, HostLimits, HostResources, MachineConfig};
 use crate::cpuid::{self, GuestCpu};
 use crate::kvm::KvmHost;
@@ -37,6 +38,8 @@ enum Unsuited {
     Cpu(Vec<String>),
     #[error(transparent)]
     Machine(#[from] MachineError),
+    #[error(transparent)]
+    Ownership(#[from] OwnershipError),
     #[error("The memory regions offered are not those of a machine with {bytes} bytes of memory")]
     Regions { bytes: u64 },
 }
@@ -49,8 +52,8 @@ enum Stage {
     Restored { machine: Box<Machine>, running: bool },
 }
 
-/// Hears of each machine that is let in, before its memory comes.
-pub type LetIn = Box<dyn FnMut(&MachineConfig, &Offer<'_>) + Send>;
+/// Hears of each machine that is let in, before its memory comes, and may be unable to keep a record of it.
+pub type LetIn = Box<dyn FnMut(&MachineConfig, &Offer<'_>) -> Result<(), OwnershipError> + Send>;
 
 /// This host, as it waits for one machine.
 pub struct Arriving {
@@ -99,13 +102,18 @@ impl Arriving {
         let supported = self.host.supported_cpuid().map_err(MachineError::from)?;
         cpuid::check_compatible(&cpu, supported, self.host.arch_capabilities()).map_err(Unsuited::Cpu)?;
         let resources = Resources::open(&config, DiskLocks::Leave).map_err(MachineError::from)?;
-        (self.prepared)(&config, offer);
         let bytes = config.memory.bytes;
-        let machine =
-            EmptyMachine::new(&self.host, config, resources, Arc::clone(&self.line), Arc::clone(&self.listener))?;
+        let machine = EmptyMachine::new(
+            &self.host,
+            config.clone(),
+            resources,
+            Arc::clone(&self.line),
+            Arc::clone(&self.listener),
+        )?;
         if machine.memory().regions() != offer.regions {
             return Err(Unsuited::Regions { bytes });
         }
+        (self.prepared)(&config, offer)?;
         let memory = machine.memory().clone();
         Ok((Stage::Empty { machine: Box::new(machine), cpu, running }, memory))
     }

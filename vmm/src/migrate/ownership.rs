@@ -1,9 +1,10 @@
 //! The durable record of who owns a guest, one small file a guest.
 //!
-//! The hand-over writes it twice: the source says "given away" before it sends `Go`, the target says "mine" before the
-//! guest runs there. A process that comes back after a crash reads it, so that a guest that was given away is never
-//! started a second time by accident. Written by rename, with file and directory synced: after a crash the record is
-//! the old one or the new one, never half of one. It is removed when the question it answers is settled.
+//! A hand-over writes it twice, and never while the guest stands still: the source says "given away" before it pauses the
+//! guest; the target notes beside its record that it may become the owner before it takes the offer, and the note becomes
+//! the record, "mine", when it does. A process that comes back after a crash reads it, so that a guest that was given away
+//! is never started a second time by accident. Written by rename, with file and directory synced: after a crash the record
+//! is the old one or the new one, never half of one. It is removed when the question it answers is settled.
 
 use serde::{Deserialize, Serialize};
 use std::fs::{self, File};
@@ -114,7 +115,44 @@ impl Ownership {
     /// # Errors
     /// [`OwnershipError::Io`]; after a crash of the host the old record or the new one stands then, whole.
     pub fn write(&self, owner: &Owner) -> Result<(), OwnershipError> {
-        self.replace(owner).map_err(|source| self.io("write", source))
+        self.put(owner, &self.path).map_err(|source| self.io("write", source))
+    }
+
+    /// Notes beside the record what it is to become. When this returns, a crash of the host does not undo it.
+    ///
+    /// # Errors
+    /// [`OwnershipError::Io`].
+    pub fn announce(&self, owner: &Owner) -> Result<(), OwnershipError> {
+        self.put(owner, &self.note()).map_err(|source| self.io("announce", source))
+    }
+
+    /// The note becomes the record, at once for this process; after a crash of the host either stands, until
+    /// [`sync`](Self::sync) has returned.
+    ///
+    /// # Errors
+    /// [`OwnershipError::Io`] if there is no note, or it cannot be moved.
+    pub fn confirm(&self) -> Result<(), OwnershipError> {
+        fs::rename(self.note(), &self.path).map_err(|source| self.io("confirm", source))
+    }
+
+    /// Removes the note, if there is one.
+    ///
+    /// # Errors
+    /// [`OwnershipError::Io`] if it is there and stays.
+    pub fn withdraw(&self) -> Result<(), OwnershipError> {
+        match fs::remove_file(self.note()) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(self.io("withdraw", error)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Makes what was confirmed durable.
+    ///
+    /// # Errors
+    /// [`OwnershipError::Io`].
+    pub fn sync(&self) -> Result<(), OwnershipError> {
+        let synced = File::open(self.directory()).and_then(|directory| directory.sync_all());
+        synced.map_err(|source| self.io("sync", source))
     }
 
     /// Removes a record that says that the guest was given away, which it was not after all.
@@ -140,7 +178,7 @@ impl Ownership {
         }
     }
 
-    fn replace(&self, owner: &Owner) -> io::Result<()> {
+    fn put(&self, owner: &Owner, place: &Path) -> io::Result<()> {
         let directory = self.directory();
         fs::create_dir_all(directory)?;
         let fresh = self.path.with_extension(format!("owner.{}", std::process::id()));
@@ -148,13 +186,17 @@ impl Ownership {
             let mut file = File::create(&fresh)?;
             file.write_all(&serde_json::to_vec(owner)?)?;
             file.sync_all()?;
-            fs::rename(&fresh, &self.path)
+            fs::rename(&fresh, place)
         })();
         if written.is_err() {
             let _ = fs::remove_file(&fresh);
         }
         written?;
         File::open(directory)?.sync_all()
+    }
+
+    fn note(&self) -> PathBuf {
+        self.path.with_extension("arriving")
     }
 
     fn directory(&self) -> &Path {
@@ -187,6 +229,25 @@ mod tests {
         record.remove().unwrap();
         record.remove().unwrap();
         assert_eq!(record.read().unwrap(), None);
+    }
+
+    #[test]
+    fn a_note_becomes_the_record_or_goes() {
+        let dir = tempfile::tempdir().unwrap();
+        let record = Ownership::of(dir.path(), Uuid::from_u128(1));
+        let mine = Owner::Mine { session: Uuid::from_u128(6) };
+        record.write(&given_away()).unwrap();
+        assert!(matches!(record.confirm(), Err(OwnershipError::Io { action: "confirm", .. })));
+        record.announce(&mine).unwrap();
+        assert_eq!(record.read().unwrap(), Some(given_away()), "nothing is decided");
+        record.withdraw().unwrap();
+        record.withdraw().unwrap();
+        assert!(record.confirm().is_err());
+        record.announce(&mine).unwrap();
+        record.confirm().unwrap();
+        record.sync().unwrap();
+        assert_eq!(record.read().unwrap(), Some(mine));
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "the note does not stay");
     }
 
     #[test]

@@ -62,7 +62,7 @@ pub enum ServiceError {
     #[error(transparent)]
     Ownership(#[from] OwnershipError),
     /// The guest was given to another host, so it must not be started here.
-    #[error("Guest {guest} was given to {to}. If it does not run there, remove {} and start it again", record.display())]
+    #[error("Guest {guest} was given to {to}, or about to be. If it does not run there, remove {} and start it again", record.display())]
     GivenAway {
         /// The guest.
         guest: uuid::Uuid,

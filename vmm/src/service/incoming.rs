@@ -171,15 +171,22 @@ impl Porter {
             let (board, claims) = (self.board.clone(), Arc::clone(&self.claims));
             let peer = self.desk.listener.address();
             Box::new(move |config: &MachineConfig, offer: &Offer<'_>| {
-                claims.expect(config.uuid);
+                claims.expect(offer.session, config.uuid)?;
                 board.begin_migration(status(JobId(offer.session), peer.clone(), offer.mode));
                 board.enter(Phase::Incoming);
+                Ok(())
             })
         };
         let mut arriving = Arriving::new(kvm, resources, line, listener, offered);
         let mut onlooker = Onlooker { board: self.board.clone(), watcher: None };
         match self.desk.receive(link, &mut arriving, &self.claims, &mut onlooker) {
             Ok(Arrival::Running(report)) => {
+                if let Err(error) = self.claims.sync() {
+                    tracing::warn!(
+                        error = in_words(&error),
+                        "a crash of this host may leave it open whose the guest is"
+                    );
+                }
                 if let Some(machine) = arriving.into_machine() {
                     self.welcome(machine);
                     post_report(&self.board, &report);
