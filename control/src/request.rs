@@ -95,6 +95,9 @@ pub struct StartMigration {
     /// Over how many connections memory goes.
     #[serde(default)]
     pub streams: Streams,
+    /// The name of the TCP congestion control of the source's connections; the host's usual one if it is absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub congestion: Option<String>,
     /// Which codecs may make pages smaller.
     #[serde(default)]
     pub codec: Codecs,
@@ -115,6 +118,7 @@ impl StartMigration {
             timeout_s: None,
             verify: false,
             streams: Streams::default(),
+            congestion: None,
             codec: Codecs::default(),
             delta_cache_bytes: Self::default_delta_cache_bytes(),
         }

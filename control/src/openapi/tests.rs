@@ -242,6 +242,7 @@ fn what_the_types_write_is_described() {
         timeout_s: Some(one),
         verify: true,
         streams: Streams::default(),
+        congestion: Some("bbr".to_owned()),
         codec: Codecs::default(),
         delta_cache_bytes: 0,
     };

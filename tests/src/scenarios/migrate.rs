@@ -88,7 +88,8 @@ fn micro(context: &Context, moves: usize) -> Result<()> {
         let next = target.console()?;
         let (mode, streams) = (BOTH[stop % 2], Streams::try_from([1, 2, 5, 64][stop / 2 % 4])?);
         let codec = CODECS[stop % CODECS.len()].parse::<Codecs>()?;
-        let order = StartMigration { mode, streams, codec, ..StartMigration::new(target.address()) };
+        let congestion = (stop % 3 != 0).then(|| "reno".to_owned());
+        let order = StartMigration { mode, streams, congestion, codec, ..StartMigration::new(target.address()) };
         let status = godwit.migrate_as(order, &target, Duration::from_secs(30))?;
         println!(
             "move {stop}: {mode:?} over {} streams, codecs {codec}, {} rounds, downtime {:?}",

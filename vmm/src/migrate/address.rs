@@ -1,6 +1,7 @@
 //! Where migrations come from and go to: dialling a target, and listening as one.
 
 use super::link::{SocketLink, poll};
+use super::tcp;
 use control::{ControlSocket, PeerAddress, SocketError};
 use std::io;
 use std::net::{TcpListener, TcpStream, ToSocketAddrs};
@@ -27,6 +28,21 @@ pub enum AddressUseError {
         /// What the host said.
         #[source]
         source: io::Error,
+    },
+    /// TCP is not to go by this algorithm here.
+    #[error("TCP on this host cannot go by {name:?}; it has {}", tcp::congestion_controls())]
+    Congestion {
+        /// The algorithm that was asked for.
+        name: String,
+        /// What the host said.
+        #[source]
+        source: io::Error,
+    },
+    /// There is no TCP.
+    #[error("No congestion control can be chosen for {address}: it is no TCP address")]
+    NoTcp {
+        /// The target.
+        address: PeerAddress,
     },
     /// The name has no address.
     #[error("The host name in {address} is not known; check it, or write the host's IP address")]
@@ -57,13 +73,14 @@ pub struct Dialled {
     pub exactly: PeerAddress,
 }
 
-/// Connects to the Godwit that waits at `address`.
+/// Connects to the Godwit that waits at `address`, by TCP with the congestion control of this name, if there is one.
 ///
 /// # Errors
 /// [`AddressUseError`], with what to do.
-pub fn dial(address: &PeerAddress) -> Result<Dialled, AddressUseError> {
+pub fn dial(address: &PeerAddress, congestion: Option<&str>) -> Result<Dialled, AddressUseError> {
     let unreachable = |source| AddressUseError::Unreachable { address: address.clone(), source };
     match address {
+        PeerAddress::Unix(_) if congestion.is_some() => Err(AddressUseError::NoTcp { address: address.clone() }),
         PeerAddress::Unix(path) => {
             let link = UnixStream::connect(path).map_err(unreachable)?.into();
             Ok(Dialled { link, exactly: address.clone() })
@@ -72,8 +89,13 @@ pub fn dial(address: &PeerAddress) -> Result<Dialled, AddressUseError> {
             let unknown = || AddressUseError::UnknownHost { address: address.clone() };
             let mut last = unknown();
             for candidate in (host.as_str(), *port).to_socket_addrs().map_err(|_| unknown())? {
-                match TcpStream::connect_timeout(&candidate, DIAL_WITHIN).and_then(SocketLink::try_from) {
-                    Ok(link) => {
+                match TcpStream::connect_timeout(&candidate, DIAL_WITHIN) {
+                    Ok(stream) => {
+                        tcp::prepare_source(&stream, congestion).map_err(|source| match congestion {
+                            Some(name) => AddressUseError::Congestion { name: name.to_owned(), source },
+                            None => unreachable(source),
+                        })?;
+                        let link = SocketLink::try_from(stream).map_err(unreachable)?;
                         let exactly = PeerAddress::Tcp { host: candidate.ip().to_string(), port: candidate.port() };
                         return Ok(Dialled { link, exactly });
                     }
@@ -121,6 +143,7 @@ impl Listener {
             PeerAddress::Tcp { host, port } => {
                 let listener = TcpListener::bind((host.as_str(), *port)).map_err(refused)?;
                 listener.set_nonblocking(true).map_err(refused)?;
+                tcp::prepare_target(&listener);
                 Socket::Tcp(listener)
             }
         };
@@ -195,7 +218,7 @@ mod tests {
 
     fn meets(address: &str) {
         let listener = Listener::bind(&address.parse().unwrap()).unwrap();
-        let Dialled { link: mut near, exactly } = dial(&listener.address()).unwrap();
+        let Dialled { link: mut near, exactly } = dial(&listener.address(), None).unwrap();
         assert_eq!(exactly, listener.address());
         let mut far = listener.accept().unwrap().unwrap();
         near.send(b"x", &[]).unwrap();
@@ -211,6 +234,16 @@ mod tests {
     }
 
     #[test]
+    fn a_congestion_control_is_one_of_this_hosts_and_for_tcp() {
+        let listener = Listener::bind(&"tcp://127.0.0.1:0".parse().unwrap()).unwrap();
+        dial(&listener.address(), Some("reno")).unwrap();
+        let error = dial(&listener.address(), Some("nosuch")).unwrap_err().to_string();
+        assert!(error.contains(r#"cannot go by "nosuch"; it has "#) && error.contains("reno"), "{error}");
+        let error = dial(&"unix:/nonexistent".parse().unwrap(), Some("reno")).unwrap_err().to_string();
+        assert!(error.contains("no TCP address"), "{error}");
+    }
+
+    #[test]
     fn both_kinds_of_socket_meet() {
         let dir = tempfile::tempdir().unwrap();
         meets("tcp://127.0.0.1:0");
@@ -221,7 +254,7 @@ mod tests {
     #[test]
     fn nobody_there_says_what_to_start() {
         for address in ["tcp://127.0.0.1:1", "unix:/nonexistent/m.sock"] {
-            let error = dial(&address.parse().unwrap()).unwrap_err();
+            let error = dial(&address.parse().unwrap(), None).unwrap_err();
             assert!(error.to_string().contains(&format!("godwit receive {address}")), "{error}");
         }
     }

@@ -4,8 +4,9 @@
 //! they are not copied in user space. The descriptor is blocking, every transfer asks not to block, and what would block
 //! waits in `poll`, which is where patience is kept: it counts from the last byte that moved.
 
-#![expect(unsafe_code, reason = "scatter and gather I/O on guest memory, and socket options, take raw pointers")]
+#![expect(unsafe_code, reason = "scatter and gather I/O on guest memory takes raw pointers")]
 
+use super::tcp;
 use migration::{Cutter, Link, LinkError};
 use std::io;
 use std::net::TcpStream;
@@ -194,25 +195,7 @@ impl Link for SocketLink {
     }
 
     fn round_trip(&self) -> Option<Duration> {
-        if !self.tcp {
-            return None;
-        }
-        let mut info: libc::tcp_info = {
-            // SAFETY: the structure is plain integers, for which zeros are values.
-            unsafe { std::mem::zeroed() }
-        };
-        let mut length = libc::socklen_t::try_from(size_of_val(&info)).expect("the structure has 200 bytes or so");
-        // SAFETY: the pointer is to a structure of the given length, which the kernel fills up to that.
-        let answer = unsafe {
-            libc::getsockopt(
-                self.socket.as_raw_fd(),
-                libc::IPPROTO_TCP,
-                libc::TCP_INFO,
-                (&raw mut info).cast(),
-                &raw mut length,
-            )
-        };
-        (answer == 0 && info.tcpi_rtt > 0).then(|| Duration::from_micros(info.tcpi_rtt.into()))
+        if self.tcp { tcp::round_trip(self.socket.as_raw_fd()) } else { None }
     }
 
     fn in_flight(&self) -> u64 {

@@ -7,3 +7,4 @@ pub mod leaving;
 pub mod link;
 pub mod offer;
 pub mod ownership;
+mod tcp;

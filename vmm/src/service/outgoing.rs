@@ -57,6 +57,7 @@ impl Outgoing {
         let journey = Journey {
             plan: plan(request, job),
             to: request.to.clone(),
+            congestion: request.congestion.clone(),
             ownership,
             cancel: cancel.clone(),
             cutter: Arc::clone(&cutter),
@@ -107,6 +108,7 @@ impl Outgoing {
 struct Journey {
     plan: Plan,
     to: PeerAddress,
+    congestion: Option<String>,
     ownership: Ownership,
     cancel: CancelToken,
     cutter: Arc<OnceLock<SocketCutter>>,
@@ -114,8 +116,8 @@ struct Journey {
 
 impl Journey {
     fn make(self, machine: Box<Machine>, mut watcher: Watcher) -> Departure {
-        let Self { plan, to, ownership, cancel, cutter } = self;
-        let Dialled { mut link, exactly } = match dial(&to) {
+        let Self { plan, to, congestion, ownership, cancel, cutter } = self;
+        let Dialled { mut link, exactly } = match dial(&to, congestion.as_deref()) {
             Ok(dialled) => dialled,
             Err(error) => return Departure::Unreachable(machine, error),
         };
@@ -124,7 +126,7 @@ impl Journey {
             Err(error) => tracing::warn!(%error, "a cancel will have to wait for the target"),
         }
         let around = Surroundings { clock: &HostClock::new(), cancel: &cancel, observer: &mut watcher };
-        let mut dial_again = || match dial(&exactly) {
+        let mut dial_again = || match dial(&exactly, congestion.as_deref()) {
             Ok(dialled) => Ok(dialled.link),
             Err(error) => Err(LinkError::Io(io::Error::other(error))),
         };
@@ -142,7 +144,7 @@ pub(crate) fn ask_target(doubt: Box<InDoubt<Leaving>>, to: PeerAddress, inbox: &
         move || {
             seccomp::enter(ThreadKind::MigrateSource);
             let Ok(doubt) = take.recv() else { return };
-            let outcome = match dial(&to) {
+            let outcome = match dial(&to, None) {
                 Ok(mut target) => doubt.ask(&mut target.link, &HostClock::new()),
                 Err(error) => {
                     tracing::warn!(%error, "the target cannot be asked whose the guest is");

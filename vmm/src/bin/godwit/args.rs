@@ -196,6 +196,9 @@ pub(crate) struct Migrate {
     /// Move memory over so many connections, 1 to 64
     #[arg(long, default_value = "1", value_name = "N")]
     pub(crate) streams: Streams,
+    /// Have TCP send by the congestion control of this name, such as bbr or cubic, and not by the host's usual one
+    #[arg(long, value_name = "NAME")]
+    pub(crate) congestion: Option<String>,
     /// Make pages smaller: none, or some of zero, rle, delta, dedup, lz4, zstd, zstd:1 to zstd:9 with commas between
     #[arg(long, default_value_t, value_name = "LIST")]
     pub(crate) codec: Codecs,

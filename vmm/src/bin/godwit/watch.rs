@@ -79,6 +79,7 @@ pub(crate) fn migrate(migrate: &Migrate) -> anyhow::Result<u8> {
         timeout_s: migrate.timeout,
         verify: migrate.verify,
         streams: migrate.streams,
+        congestion: migrate.congestion.clone(),
         codec: migrate.codec,
         delta_cache_bytes: migrate.delta_cache,
         ..StartMigration::new(migrate.to.clone())
