@@ -47,7 +47,7 @@ pub use reply::{
 pub use request::{Owner, Pulse, Request, ResolveMigration, SetBalloon, StartMigration, Stop};
 pub use server::{Handler, Limits, Server, ServerError, ServerOptions};
 pub use socket::{ControlSocket, SOCKET_PATH_MAX, SocketError};
-pub use transfer::{Codecs, CodecsError, Packing, Streams, StreamsError};
+pub use transfer::{Codecs, CodecsError, MemoryPolicy, MemoryTransfer, Packing, Streams, StreamsError};
 pub use uuid::Uuid;
 
 /// The version of the API, part of every path but `/metrics`.

@@ -4,6 +4,7 @@
 use crate::address::PeerAddress;
 use crate::identity::{NoRandomness, random_uuid};
 use crate::millis::Millis;
+use crate::transfer::MemoryTransfer;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use uuid::Uuid;
@@ -190,11 +191,14 @@ pub struct MigrationStatus {
     pub peer: PeerAddress,
     /// Live or stopped.
     pub mode: MigrationMode,
+    /// Whether memory was copied or passed. Known at the end.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory: Option<MemoryTransfer>,
     /// How it stands.
     pub state: MigrationState,
     /// How far it is.
     pub progress: Progress,
-    /// The finished rounds, in order. The last one is sent while the guest stands still.
+    /// The finished rounds, in order. The last one is sent while the guest stands still. None if memory is passed.
     pub rounds: Vec<RoundInfo>,
     /// The finished steps, in order. Known at the end.
     pub steps: Vec<StepInfo>,

@@ -7,7 +7,7 @@
 use crate::address::PeerAddress;
 use crate::dirty_rate::MeasureDirtyRate;
 use crate::migration::MigrationMode;
-use crate::transfer::{Codecs, Streams};
+use crate::transfer::{Codecs, MemoryPolicy, Streams};
 use serde::{Deserialize, Serialize};
 use std::num::NonZeroU32;
 use std::time::Duration;
@@ -92,6 +92,10 @@ pub struct StartMigration {
     /// Compares a digest of all memory at both ends before the hand-over. Lengthens the downtime.
     #[serde(default)]
     pub verify: bool,
+    /// Whether memory is passed to the target, which takes a Unix socket between two processes of one host, or copied.
+    /// Memory that is passed takes no rounds, so that what is said here of rounds, connections and codecs does not matter.
+    #[serde(default)]
+    pub memory: MemoryPolicy,
     /// Over how many connections memory goes.
     #[serde(default)]
     pub streams: Streams,
@@ -117,6 +121,7 @@ impl StartMigration {
             max_rounds: Self::default_max_rounds(),
             timeout_s: None,
             verify: false,
+            memory: MemoryPolicy::default(),
             streams: Streams::default(),
             congestion: None,
             codec: Codecs::default(),
@@ -226,6 +231,7 @@ mod tests {
             (r#"{"to":"unix:/x","mode":"quick"}"#, "unknown variant `quick`, expected `live` or `stop`"),
             (r#"{"to":"unix:/x","max_rounds":0}"#, "expected a nonzero u32"),
             (r#"{"to":"unix:/x","timeout_s":-1}"#, "-1"),
+            (r#"{"to":"unix:/x","memory":"share"}"#, "unknown variant `share`, expected one of `auto`, `copy`, `pass`"),
             (r#"{"to":"unix:/x","streams":0}"#, "0 streams: give it 1 to 64"),
             (r#"{"to":"unix:/x","streams":65}"#, "65 streams: give it 1 to 64"),
             (r#"{"to":"unix:/x","codec":"gzip"}"#, "there is no \"gzip\""),

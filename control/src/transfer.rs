@@ -1,10 +1,34 @@
-//! How memory goes over to another host: over how many connections, and made smaller by which codecs.
+//! How memory goes over to another host: as a whole or by its content, over how many connections, and made smaller by
+//! which codecs.
 
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::num::NonZeroU16;
 use std::str::FromStr;
 use thiserror::Error;
+
+/// How the memory of a guest is to get to the target.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum MemoryPolicy {
+    /// It is passed where both ends are on one host and meet at a Unix socket, and copied elsewhere.
+    #[default]
+    Auto,
+    /// Its content is sent.
+    Copy,
+    /// The memory itself is passed: both ends map the same pages.
+    Pass,
+}
+
+/// How the memory of a guest got to the target.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum MemoryTransfer {
+    /// Its content was sent.
+    Copied,
+    /// The memory itself was passed.
+    Passed,
+}
 
 /// Over how many connections the memory of a guest goes, 1 to [`Streams::MAX`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

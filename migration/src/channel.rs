@@ -99,6 +99,20 @@ impl<'l, L: Link> Channel<'l, L> {
         Ok(())
     }
 
+    /// Sends the handle that a frame has announced.
+    pub(crate) fn send_handle(&mut self, handle: &L::Handle) -> Result<(), LinkError> {
+        self.link.send_handle(handle)?;
+        self.count(1);
+        Ok(())
+    }
+
+    /// Receives the handle that a frame has announced; `None` if it was lost.
+    pub(crate) fn receive_handle(&mut self) -> Result<Option<L::Handle>, LinkError> {
+        let handle = self.link.receive_handle()?;
+        self.count(1);
+        Ok(handle)
+    }
+
     /// Reads and drops what still comes, for at most `limit`, so that the last frame sent here is not lost in a reset of
     /// the connection by bytes that nobody read.
     pub(crate) fn linger(&mut self, limit: Duration, now: impl Fn() -> Duration) {

@@ -15,6 +15,15 @@ pub trait GuestPages: Clone + Send + Sync + 'static {
     /// Why memory did not do what was asked.
     type Error: Error + Send + Sync + 'static;
 
+    /// What stands for all of this memory on its way to another process of the same host.
+    type Handle: Send;
+
+    /// A handle to the memory itself.
+    ///
+    /// # Errors
+    /// If the host gives none.
+    fn handle(&self) -> Result<Self::Handle, Self::Error>;
+
     /// The memory of a run of pages, which lies within the guest's regions.
     ///
     /// # Errors
@@ -33,6 +42,9 @@ pub trait GuestPages: Clone + Send + Sync + 'static {
         false
     }
 }
+
+/// The handle to a memory.
+pub type HandleOf<M> = <M as GuestPages>::Handle;
 
 /// Why a guest, its host or its record did not do what was asked, whatever type the implementation has for it.
 pub type HostError = Box<dyn Error + Send + Sync>;
@@ -188,9 +200,13 @@ pub trait TargetHost {
 
     /// Checks the offer and builds the machine, with no vCPU running; its memory, which is all zero.
     ///
+    /// With `passed`, which is no more to be trusted than the offer, the machine is built around that memory instead, in
+    /// which the guest still runs at the source. Until [`run`](Self::run) is called it must not be written: if the
+    /// migration fails, the guest goes on in it.
+    ///
     /// # Errors
     /// The refusal that the source is told.
-    fn prepare(&mut self, offer: &Offer<'_>) -> Result<Self::Memory, Refusal>;
+    fn prepare(&mut self, offer: &Offer<'_>, passed: Option<HandleOf<Self::Memory>>) -> Result<Self::Memory, Refusal>;
 
     /// The memory that [`prepare`](Self::prepare) made.
     fn regions(&self) -> Vec<RamRegion>;

@@ -18,6 +18,9 @@ pub trait Link: Send + 'static {
     /// What can end this connection from another thread.
     type Cutter: Cutter;
 
+    /// What stands for guest memory on its way to another process of the same host, such as a file descriptor.
+    type Handle;
+
     /// A handle to end the connection while another thread may be waiting on it.
     ///
     /// # Errors
@@ -42,6 +45,22 @@ pub trait Link: Send + 'static {
     /// # Errors
     /// [`LinkError`]; the slices may be written in part then.
     fn receive_pages(&mut self, slices: &[VolatileSlice<'_>]) -> Result<(), LinkError>;
+
+    /// Whether a handle can go over this connection. Where something between the ends does not pass it on, it is lost
+    /// nevertheless.
+    fn carries_handles(&self) -> bool;
+
+    /// Sends one byte with `handle` beside it. Only where [`carries_handles`](Self::carries_handles) says so.
+    ///
+    /// # Errors
+    /// [`LinkError`].
+    fn send_handle(&mut self, handle: &Self::Handle) -> Result<(), LinkError>;
+
+    /// Receives one byte, and the handle beside it; `None` if there is not exactly one.
+    ///
+    /// # Errors
+    /// [`LinkError`].
+    fn receive_handle(&mut self) -> Result<Option<Self::Handle>, LinkError>;
 
     /// Waits until [`receive`](Self::receive) would find a byte or the end, for at most `limit`, which may be zero;
     /// `false` if it found neither. Takes no byte out.

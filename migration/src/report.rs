@@ -7,7 +7,7 @@
 use crate::convergence::SwitchReason;
 use crate::counts::PageCounts;
 use crate::progress::Phase;
-use crate::wire::{Mode, Running};
+use crate::wire::{Mode, Running, Transfer};
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
 use uuid::Uuid;
@@ -88,9 +88,11 @@ pub struct Report {
     pub vm: Uuid,
     /// Whether the guest ran while its memory moved.
     pub mode: Mode,
+    /// Whether its memory was sent, or passed.
+    pub transfer: Transfer,
     /// How this end knows the result.
     pub ending: Ending,
-    /// The passes over memory.
+    /// The passes over memory. None if it was passed.
     pub rounds: Vec<RoundReport>,
     /// Bytes that went over the link, of frames of every kind up to `Running`.
     pub bytes: u64,
@@ -103,7 +105,7 @@ pub struct Report {
     pub target_part: Option<TargetPart>,
     /// The downtime that was predicted when the source decided to pause.
     pub predicted_downtime_ms: Option<f64>,
-    /// Why the source stopped sending rounds; only in live mode.
+    /// Why the source stopped sending rounds; only in live mode, and only if there were any.
     pub switched: Option<SwitchReason>,
     /// `Some(true)` if both ends compared a digest of all memory, `None` if that was not asked for. A comparison that
     /// fails ends the migration, so that there is no report.
@@ -131,8 +133,8 @@ impl Report {
     /// This report of the target's, with what the source says of the same migration. What the target knows by itself it
     /// does not take from anybody.
     pub(crate) fn joined(self, source: Self) -> Self {
-        let Self { role, session, vm, mode, ending, verified, target_part, .. } = self;
-        Self { role, session, vm, mode, ending, verified, target_part, ..source }
+        let Self { role, session, vm, mode, transfer, ending, verified, target_part, .. } = self;
+        Self { role, session, vm, mode, transfer, ending, verified, target_part, ..source }
     }
 
     /// The throughput over `rounds`.
@@ -163,6 +165,7 @@ mod tests {
   "session": "00000000-0000-0000-0000-000000000001",
   "vm": "00000000-0000-0000-0000-000000000002",
   "mode": "live",
+  "transfer": "copied",
   "ending": "handed_over",
   "rounds": [
     {
@@ -212,6 +215,7 @@ mod tests {
             session: Uuid::from_u128(1),
             vm: Uuid::from_u128(2),
             mode: Mode::Live,
+            transfer: Transfer::Copied,
             ending: Ending::HandedOver,
             bytes: 24_700,
             total_ms: 2.5,

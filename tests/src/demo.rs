@@ -239,7 +239,8 @@ fn call_migrate(
         MigrationMode::Stop => "stop",
     };
     let mut command = Command::new(&context.godwit);
-    command.args(["migrate", "--mode", word, "--to", &target.address().to_string()]);
+    // Both ends are on one host, and this is to show what a move between two is like.
+    command.args(["migrate", "--memory", "copy", "--mode", word, "--to", &target.address().to_string()]);
     command.arg("--timeout").arg(MOVE_WITHIN.as_secs().to_string());
     command.arg("--api").arg(source.folder().join("api.sock")).stdin(Stdio::null());
     if telling.json {

@@ -9,7 +9,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use control::{
-    Client, MigrationMode, MigrationState, MigrationStatus, PeerAddress, Phase, Reply, Request, StartMigration, VmInfo,
+    Client, MemoryPolicy, MigrationMode, MigrationState, MigrationStatus, PeerAddress, Phase, Reply, Request,
+    StartMigration, VmInfo,
 };
 use rustix::process::{Pid, Signal, kill_process};
 
@@ -169,15 +170,15 @@ impl Godwit {
         }
     }
 
-    /// Starts to move its guest.
+    /// Starts to move its guest, whose memory is copied, as between two hosts.
     pub fn start_migration(&self, to: &Self, mode: MigrationMode) -> Result<()> {
-        let request = StartMigration { mode, ..StartMigration::new(to.address()) };
-        self.client().call(&Request::StartMigration(request)).map(drop).map_err(Into::into)
+        self.client().call(&Request::StartMigration(copying(to, mode))).map(drop).map_err(Into::into)
     }
 
-    /// Moves its guest, and waits until it runs at the target and this process has ended. Gives the target's account.
+    /// Moves its guest, whose memory is copied, and waits until it runs at the target and this process has ended. Gives
+    /// the target's account.
     pub fn migrate(self, to: &Self, mode: MigrationMode, within: Duration) -> Result<MigrationStatus> {
-        self.migrate_as(StartMigration { mode, ..StartMigration::new(to.address()) }, to, within)
+        self.migrate_as(copying(to, mode), to, within)
     }
 
     /// The same, by any order that leads to `to`.
@@ -244,6 +245,11 @@ impl Drop for Godwit {
             let _ = self.child.wait();
         }
     }
+}
+
+/// An order to copy a guest to `to`, though it may be at a Unix socket.
+pub fn copying(to: &Godwit, mode: MigrationMode) -> StartMigration {
+    StartMigration { mode, memory: MemoryPolicy::Copy, ..StartMigration::new(to.address()) }
 }
 
 /// Runs `godwit` with arguments to its end, for commands that end by themselves.

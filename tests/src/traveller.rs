@@ -3,12 +3,12 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use control::{MigrationMode, MigrationStatus};
+use control::{MigrationMode, MigrationStatus, Request, StartMigration};
 use verifier::clock::ClockReport;
 use verifier::report::{Line as Word, Report};
 
 use crate::console::Console;
-use crate::godwit::Godwit;
+use crate::godwit::{Godwit, copying};
 use crate::scenario::Context;
 
 /// How long a guest in an emulated lab may take to boot.
@@ -70,12 +70,22 @@ impl Traveller {
         format!("{vm:?}\nGodwit says:\n{words}The guest's console, of which {heard} lines were new:\n{console}")
     }
 
-    /// Moves it to a new Godwit that is started with `options`.
+    /// Moves it, with its memory copied, to a new Godwit that is started with `options`.
     pub fn travel(&mut self, context: &Context, mode: MigrationMode, options: &[&str]) -> Result<Move> {
+        self.travel_by(context, |target| copying(target, mode), options)
+    }
+
+    /// Moves it by any order to a new Godwit that is started with `options`.
+    pub fn travel_by(
+        &mut self,
+        context: &Context,
+        order: impl FnOnce(&Godwit) -> StartMigration,
+        options: &[&str],
+    ) -> Result<Move> {
         self.stop += 1;
         let target = Godwit::receive(context, &format!("stop{}", self.stop), options)?;
         let mut console = target.console()?;
-        self.godwit.start_migration(&target, mode)?;
+        self.godwit.client().call(&Request::StartMigration(order(&target)))?;
         let first = await_tick(&mut console, MOVE_WITHIN).with_context(|| {
             format!("The source says:\n{}The target says:\n{}", self.godwit.words(), target.words())
         })?;

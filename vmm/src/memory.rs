@@ -1,14 +1,17 @@
 //! The guest's RAM: one memfd, mapped as one region, or two around the MMIO gap, and shown to KVM as one slot each.
 //!
-//! The machine creates it once; `boot` and the devices reach it as [`GuestRam`], migration by [`GuestMemory::slice`] in
+//! The machine creates it once, or takes it over from another process of this host (`adopted`); `boot` and the devices reach it as [`GuestRam`], migration by [`GuestMemory::slice`] in
 //! whole pages of one region. Invariants: region `n` is KVM slot `n` and `RegionId(n)`, ascending by address; the memfd
 //! holds the regions one after the other and never shrinks; a slot never outlives its mapping ([`Slots`]).
 
 #![expect(unsafe_code, reason = "memfd, madvise and KVM slots take raw descriptors and addresses")]
 
+mod adopted;
 mod huge;
 #[cfg(test)]
 mod tests;
+
+pub use adopted::AdoptError;
 
 use crate::layout::{HUGE_PAGE_SIZE, MMIO_GAP_END, MMIO_GAP_START, PAGE_SIZE};
 use devices::{Gpa, GuestRam};
@@ -18,7 +21,7 @@ use kvm_ioctls::VmFd;
 use migration::{DirtyLedger, GuestPages, PageIndex, PageRun, RamRegion, RegionId};
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::sync::Arc;
 use thiserror::Error;
 use vm_memory::bitmap::{AtomicBitmap, BS};
@@ -70,6 +73,12 @@ pub enum MemoryError {
         #[source]
         source: vm_memory::mmap::MmapRegionError,
     },
+    /// A file that was passed is no guest memory.
+    #[error(transparent)]
+    Adopt(#[from] AdoptError),
+    /// The memory file cannot be passed.
+    #[error("Could not get another descriptor of the memory file")]
+    Handle(#[source] io::Error),
     /// KVM refused a memory slot.
     #[error("KVM refused memory slot {slot} of {pages} pages at {gpa:#x}")]
     Slot {
@@ -114,11 +123,24 @@ impl GuestMemory {
     /// # Errors
     /// [`MemoryError`] if the size is odd or the host has no room.
     pub fn create(bytes: u64, huge_pages: bool) -> Result<Self, MemoryError> {
-        let page = if huge_pages { HUGE_PAGE_SIZE } else { PAGE_SIZE };
-        if bytes == 0 || !bytes.is_multiple_of(page) {
-            return Err(MemoryError::Size { bytes, page });
-        }
-        let file = Arc::new(memory_file(bytes, huge_pages).map_err(|source| MemoryError::File { bytes, source })?);
+        check_size(bytes, huge_pages)?;
+        let file = memory_file(bytes, huge_pages).map_err(|source| MemoryError::File { bytes, source })?;
+        Self::map(file, bytes, huge_pages)
+    }
+
+    /// Maps `bytes` of memory in which a guest runs in another process of this host, as `create` made them there. `file`
+    /// may be anything.
+    ///
+    /// # Errors
+    /// [`MemoryError`] if it is something else, or cannot be mapped.
+    pub fn adopt(file: OwnedFd, bytes: u64, huge_pages: bool) -> Result<Self, MemoryError> {
+        let page = check_size(bytes, huge_pages)?;
+        adopted::check(file.as_fd(), bytes, page)?;
+        Self::map(file.into(), bytes, huge_pages)
+    }
+
+    fn map(file: File, bytes: u64, huge_pages: bool) -> Result<Self, MemoryError> {
+        let file = Arc::new(file);
         let regions = regions_of(bytes);
         let mut mapped = Vec::with_capacity(regions.len());
         let mut offset = 0;
@@ -226,6 +248,11 @@ impl GuestMemory {
 
 impl GuestPages for GuestMemory {
     type Error = MemoryError;
+    type Handle = OwnedFd;
+
+    fn handle(&self) -> Result<OwnedFd, MemoryError> {
+        self.file.as_fd().try_clone_to_owned().map_err(MemoryError::Handle)
+    }
 
     fn slice(&self, run: PageRun) -> Result<VolatileSlice<'_>, MemoryError> {
         self.untracked_slice(run)
@@ -238,6 +265,12 @@ impl GuestPages for GuestMemory {
     fn populate(&self, run: PageRun) -> bool {
         !self.huge_pages && self.untracked_slice(run).is_ok_and(|slice| collapse(&slice))
     }
+}
+
+/// The size of the pages that back so many bytes.
+fn check_size(bytes: u64, huge_pages: bool) -> Result<u64, MemoryError> {
+    let page = if huge_pages { HUGE_PAGE_SIZE } else { PAGE_SIZE };
+    if bytes > 0 && bytes.is_multiple_of(page) { Ok(page) } else { Err(MemoryError::Size { bytes, page }) }
 }
 
 fn regions_of(bytes: u64) -> Vec<RamRegion> {

@@ -34,7 +34,7 @@ fn types() -> BTreeMap<&'static str, Pass> {
     }
     types! {
         VmInfo Phase DirtyTrackerKind Stop BalloonInfo SetBalloon DiskList DiskInfo DiskCounters NicList NicInfo
-        NicBackend NicCounters StartMigration PeerAddress MigrationMode MigrationRole MigrationState MigrationStep
+        NicBackend NicCounters StartMigration PeerAddress MigrationMode MemoryPolicy MemoryTransfer MigrationRole MigrationState MigrationStep
         JobStarted LastMigration MigrationStatus Progress RoundInfo RoundKinds StepInfo SwitchReason TargetPart ResolveMigration Owner Pulse Pulsed Happening Event
         EndReason MeasureDirtyRate LastDirtyRate MeasurementStatus MeasurementState DirtyRate MemorySample MeasurementCost ErrorBody Code
     }
@@ -241,6 +241,7 @@ fn what_the_types_write_is_described() {
         max_rounds: one,
         timeout_s: Some(one),
         verify: true,
+        memory: MemoryPolicy::Copy,
         streams: Streams::default(),
         congestion: Some("bbr".to_owned()),
         codec: Codecs::default(),
@@ -263,6 +264,7 @@ fn what_the_types_write_is_described() {
         role: MigrationRole::Target,
         peer: to,
         mode: MigrationMode::Live,
+        memory: Some(MemoryTransfer::Passed),
         state: MigrationState::InDoubt,
         progress,
         rounds: Vec::new(),

@@ -92,21 +92,21 @@ pub(super) fn decisive(plan: &Plan, sender: usize) -> usize {
 }
 
 /// Every harm at every frame of one end; returns the fates by frame.
-fn storm(mode: Mode, sender: usize) -> Vec<Vec<Fate>> {
-    let frames = frames(&plan(mode))[sender];
+fn storm(plan: impl Fn() -> Plan, sender: usize) -> Vec<Vec<Fate>> {
+    let frames = frames(&plan())[sender];
     assert!(frames >= 3);
     let strike = |frame, harm| {
         let weather = Weather { faults: vec![FaultAt { sender, stream: 0, frame, harm }], ..Weather::default() };
-        survive(&plan(mode), weather)
+        survive(&plan(), weather)
     };
     (0..frames).map(|frame| Harm::FOUND.iter().map(|&harm| strike(frame, harm)).collect()).collect()
 }
 
 /// Checks that harm to all frames before the decisive one lets the guest stay, and harm to one after it changes nothing;
 /// returns the fates of the decisive one by harm.
-fn at_decisive_frame(mode: Mode, sender: usize) -> Vec<(Harm, Fate)> {
-    let mut fates = storm(mode, sender);
-    let decisive = decisive(&plan(mode), sender);
+fn at_decisive_frame(plan: impl Fn() -> Plan, sender: usize) -> Vec<(Harm, Fate)> {
+    let mut fates = storm(&plan, sender);
+    let decisive = decisive(&plan(), sender);
     assert!(fates.split_off(decisive + 1).concat().iter().all(|fate| *fate == Fate::Moved));
     let decided = fates.pop().unwrap();
     for (frame, fates) in fates.iter().enumerate() {
@@ -116,38 +116,45 @@ fn at_decisive_frame(mode: Mode, sender: usize) -> Vec<(Harm, Fate)> {
             let late = (*harm, *fate) == (Harm::Double, Fate::FoundHere) && frame + 1 == decisive;
             assert!(
                 *fate == Fate::Stayed || harmless || late,
-                "{mode:?}: {harm:?} to frame {frame} of {sender}: {fate:?}"
+                "{:?}: {harm:?} to frame {frame} of {sender}: {fate:?}",
+                plan()
             );
         }
     }
     Harm::FOUND.into_iter().zip(decided).collect()
 }
 
+/// Harms every frame of the source.
+pub(super) fn storm_at_source(plan: impl Fn() -> Plan) {
+    let expected = Harm::FOUND.map(|harm| match harm {
+        Harm::CutAfter => Fate::FoundThere,
+        // The second Go is passed over; a held back one comes after a sign of life.
+        Harm::Double | Harm::Swap => Fate::Moved,
+        _ => Fate::FoundHere,
+    });
+    assert_eq!(at_decisive_frame(plan, SOURCE), Harm::FOUND.into_iter().zip(expected).collect::<Vec<_>>(), "Go");
+}
+
+/// Harms every frame of the target.
+pub(super) fn storm_at_target(plan: impl Fn() -> Plan) {
+    let expected = Harm::FOUND.map(|harm| match harm {
+        Harm::CutAfter | Harm::Double => Fate::Moved,
+        _ => Fate::FoundThere,
+    });
+    assert_eq!(at_decisive_frame(plan, TARGET), Harm::FOUND.into_iter().zip(expected).collect::<Vec<_>>(), "Running");
+}
+
 #[test]
 fn every_harm_to_every_frame_of_the_source_leaves_one_owner() {
     for mode in [Mode::Stop, Mode::Live] {
-        let expected = Harm::FOUND.map(|harm| match harm {
-            Harm::CutAfter => Fate::FoundThere,
-            // The second Go is passed over; a held back one comes after a sign of life.
-            Harm::Double | Harm::Swap => Fate::Moved,
-            _ => Fate::FoundHere,
-        });
-        assert_eq!(at_decisive_frame(mode, SOURCE), Harm::FOUND.into_iter().zip(expected).collect::<Vec<_>>(), "Go");
+        storm_at_source(|| plan(mode));
     }
 }
 
 #[test]
 fn every_harm_to_every_frame_of_the_target_leaves_one_owner() {
     for mode in [Mode::Stop, Mode::Live] {
-        let expected = Harm::FOUND.map(|harm| match harm {
-            Harm::CutAfter | Harm::Double => Fate::Moved,
-            _ => Fate::FoundThere,
-        });
-        assert_eq!(
-            at_decisive_frame(mode, TARGET),
-            Harm::FOUND.into_iter().zip(expected).collect::<Vec<_>>(),
-            "Running"
-        );
+        storm_at_target(|| plan(mode));
     }
 }
 

@@ -4,7 +4,7 @@
 //! thread waits and nothing is under way, it jumps to the end of the shortest wait. So a test of a half-minute timeout
 //! takes microseconds, and never depends on the load of the machine.
 
-use super::Weather;
+use super::{Handles, Weather};
 use crate::CancelToken;
 use crate::bell::Bell;
 use crate::clock::Clock;
@@ -14,7 +14,7 @@ use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Duration;
-use vm_memory::VolatileSlice;
+use vm_memory::{GuestMemoryMmap, VolatileSlice};
 
 /// Bytes a second: 1 GB/s.
 const NANOSECONDS_PER_BYTE: u64 = 1;
@@ -130,6 +130,8 @@ struct State {
     weather: Weather,
     /// Far ends that were dialled and not yet let in.
     at_the_door: VecDeque<usize>,
+    /// Every handle that was sent. The byte that stands for it on its way is its number, from 1.
+    handles: Vec<Arc<GuestMemoryMmap<()>>>,
 }
 
 #[derive(Debug)]
@@ -161,7 +163,8 @@ pub(crate) struct VirtualClock {
 pub(crate) struct Door(Arc<Shared>);
 
 pub(crate) fn connect(weather: Weather, cancel: &CancelToken) -> (End, End, [VirtualClock; 2], Door) {
-    let state = State { now: Duration::ZERO, wires: Vec::new(), weather, at_the_door: VecDeque::new() };
+    let (wires, at_the_door, handles) = (Vec::new(), VecDeque::new(), Vec::new());
+    let state = State { now: Duration::ZERO, wires, weather, at_the_door, handles };
     let shared = Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new(), cancel: cancel.clone() });
     let wire = shared.lock().add();
     let [near, far] = [SOURCE, TARGET].map(|side| End::new(&shared, wire, side));
@@ -264,7 +267,7 @@ impl State {
         head: &[u8],
         pages: &[u8],
     ) -> Result<(), LinkError> {
-        let Self { now, wires, weather, at_the_door: _ } = self;
+        let Self { now, wires, weather, at_the_door: _, handles: _ } = self;
         let Wire { cut, parties: _, ways } = &mut wires[stream];
         let way = &mut ways[side];
         let frame = way.frames;
@@ -389,6 +392,7 @@ impl Cutter for Scissors {
 
 impl Link for End {
     type Cutter = Scissors;
+    type Handle = Arc<GuestMemoryMmap<()>>;
 
     fn cutter(&self) -> io::Result<Scissors> {
         Ok(Scissors { shared: Arc::clone(&self.shared), wire: self.wire })
@@ -424,6 +428,28 @@ impl Link for End {
             slice.copy_from(&bytes);
         }
         Ok(())
+    }
+
+    fn carries_handles(&self) -> bool {
+        self.shared.lock().weather.handles != Handles::AreNotTaken
+    }
+
+    fn send_handle(&mut self, handle: &Self::Handle) -> Result<(), LinkError> {
+        let number = {
+            let mut state = self.shared.lock();
+            if state.weather.handles == Handles::Arrive {
+                state.handles.push(Arc::clone(handle));
+            }
+            u8::try_from(state.handles.len()).unwrap()
+        };
+        self.send(&[number], &[])
+    }
+
+    fn receive_handle(&mut self) -> Result<Option<Self::Handle>, LinkError> {
+        let mut number = [0];
+        self.take(&mut number)?;
+        let handle = usize::from(number[0]).checked_sub(1);
+        Ok(handle.and_then(|handle| self.shared.lock().handles.get(handle).cloned()))
     }
 
     fn wait(&mut self, limit: Duration) -> Result<bool, LinkError> {

@@ -5,6 +5,7 @@ mod codecs;
 mod faults;
 mod link;
 mod moves;
+mod passed;
 mod strangers;
 mod streams;
 pub(crate) mod world;
@@ -13,7 +14,7 @@ use crate::link::Link;
 use crate::progress::{Observer, Progress};
 use crate::source::{self, InDoubt, Outcome, Plan, Surroundings};
 use crate::target::{self, Arrival, Fault, Reception, receive};
-use crate::{CancelToken, Goal, Mode};
+use crate::{CancelToken, Goal, MemoryPolicy, Mode};
 use link::{Door, End, FaultAt, VirtualClock, connect};
 use std::time::Duration;
 use uuid::Uuid;
@@ -35,10 +36,24 @@ pub(super) struct Weather {
     pub(super) faults: Vec<FaultAt>,
     pub(super) cancel_at: Option<usize>,
     pub(super) round_trip: Option<Duration>,
+    /// What becomes of handles to memory.
+    pub(super) handles: Handles,
     /// Whether only one stream more can be had.
     pub(super) no_more_links: bool,
     /// Links at the target's door that are none of its streams; the first says nothing, the others nonsense.
     pub(super) strangers: usize,
+}
+
+/// What becomes of handles to memory between two ends.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Handles {
+    /// They arrive.
+    #[default]
+    Arrive,
+    /// They get lost on the way, without a word.
+    GetLost,
+    /// The link takes none.
+    AreNotTaken,
 }
 
 /// What became of one attempt.
@@ -54,7 +69,8 @@ pub(super) struct Attempt {
 pub(super) const PATIENCE: Duration = Duration::from_secs(30);
 
 pub(super) fn plan(mode: Mode) -> Plan {
-    Plan { goal: Goal { max_rounds: 4, ..Goal::default() }, patience: PATIENCE, ..Plan::new(Uuid::new_v4(), mode) }
+    let (memory, goal) = (MemoryPolicy::Copy, Goal { max_rounds: 4, ..Goal::default() });
+    Plan { memory, goal, patience: PATIENCE, ..Plan::new(Uuid::new_v4(), mode) }
 }
 
 /// Migrates `guest` into `host` with both ends of the real engine.

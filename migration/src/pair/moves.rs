@@ -20,7 +20,7 @@ pub(super) struct Success {
     pub(super) target: Report,
     source_diary: Diary,
     target_diary: Diary,
-    host: FakeHost,
+    pub(super) host: FakeHost,
 }
 
 /// Migrates a fresh guest and checks what must hold after every success.

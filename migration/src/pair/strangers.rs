@@ -9,7 +9,7 @@ use crate::link::{Link, LinkError};
 use crate::progress::Unobserved;
 use crate::source::{self, Failed, Further, Outcome, SourceError, Surroundings};
 use crate::target::Fault;
-use crate::wire::{Frame, FrameError, HEADER_BYTES, Header, Kind, MAX_STATE, Running};
+use crate::wire::{Frame, FrameError, HEADER_BYTES, Header, Hello, Kind, MAX_STATE, Running, Transfer};
 use crate::{CancelToken, Claim, Clock, Mode};
 use proptest::prelude::*;
 use std::time::Duration;
@@ -66,11 +66,11 @@ fn a_stranger_is_told_that_this_is_no_web_server() {
 #[test]
 fn another_version_is_told_both_versions() {
     let mut hello = encoded(&Frame::Ready);
-    hello[4] = 3;
+    hello[4] = 4;
     let (fault, words) = to_target(&hello);
-    assert!(matches!(fault, Fault::Frame(FrameError::Version { found: 3 })), "{fault}");
+    assert!(matches!(fault, Fault::Frame(FrameError::Version { found: 4 })), "{fault}");
     let (_, words) = words.unwrap();
-    assert!(words.contains("speaks version 3") && words.contains("this end version 2"), "{words}");
+    assert!(words.contains("speaks version 4") && words.contains("this end version 3"), "{words}");
 }
 
 #[test]
@@ -135,7 +135,7 @@ fn failure(answers: &[Vec<u8>]) -> SourceError {
 
 #[test]
 fn a_target_that_answers_out_of_turn_does_not_get_the_guest() {
-    let accept = encoded(&Frame::Accept { claims: Uuid::nil() });
+    let accept = encoded(&Frame::Accept { claims: Uuid::nil(), transfer: Transfer::Copied });
     for wrong in [
         Frame::Ready,
         Frame::Running(Running { restore: Duration::ZERO, start: Duration::ZERO }),
@@ -152,6 +152,13 @@ fn a_target_that_answers_out_of_turn_does_not_get_the_guest() {
     }
     let cause = failure(&[accept.clone(), accept]);
     assert!(matches!(cause, SourceError::OutOfTurn { found: Kind::Accept, .. }), "{cause}");
+}
+
+#[test]
+fn a_target_that_has_memory_which_was_not_passed_does_not_get_the_guest() {
+    let accept = Frame::Accept { claims: Uuid::nil(), transfer: Transfer::Passed };
+    let cause = failure(&[encoded(&accept)]);
+    assert!(matches!(cause, SourceError::NeverPassed), "{cause}");
 }
 
 #[test]
@@ -183,8 +190,8 @@ proptest! {
     fn noise_at_the_target_is_a_fault(noise in prop::collection::vec(any::<u8>(), 0..200), hello in any::<bool>()) {
         let regions = super::world::REGIONS.to_vec();
         let (session, vm) = (Uuid::from_u128(8), Uuid::nil());
-        let offer =
-            crate::wire::Hello { session, vm, mode: Mode::Live, verify: false, streams: 1, build: "x", regions, machine: b"" };
+        let (mode, transfer) = (Mode::Live, Transfer::Copied);
+        let offer = Hello { session, vm, mode, verify: false, streams: 1, transfer, build: "x", regions, machine: b"" };
         let mut bytes = if hello { encoded(&Frame::Hello(offer)) } else { Vec::new() };
         bytes.extend(noise);
         to_target(&bytes);
@@ -192,7 +199,8 @@ proptest! {
 
     #[test]
     fn noise_at_the_source_leaves_the_guest(noise in prop::collection::vec(any::<u8>(), 1..200), accept in any::<bool>()) {
-        let accepted = accept.then(|| encoded(&Frame::Accept { claims: Uuid::nil() }));
+        let accept = accept.then_some(Frame::Accept { claims: Uuid::nil(), transfer: Transfer::Copied });
+        let accepted = accept.as_ref().map(encoded);
         failure(&accepted.into_iter().chain([noise]).collect::<Vec<_>>());
     }
 }

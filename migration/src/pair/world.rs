@@ -187,6 +187,11 @@ impl GuestSide {
 
 impl GuestPages for GuestSide {
     type Error = Planned;
+    type Handle = Arc<GuestMemoryMmap<()>>;
+
+    fn handle(&self) -> Result<Self::Handle, Planned> {
+        if self.fails == Some("handle") { Err(Planned("handle")) } else { Ok(Arc::clone(&self.memory)) }
+    }
 
     fn slice(&self, run: PageRun) -> Result<VolatileSlice<'_>, Planned> {
         if self.fails == Some("slice") {
@@ -299,6 +304,8 @@ impl SourceGuest for FakeGuest {
 pub(crate) struct FakeHost {
     pub(crate) world: World,
     pub(crate) memory: Arc<GuestMemoryMmap<()>>,
+    /// Whether that is the source's.
+    pub(crate) passed: bool,
     pub(crate) fails: Option<&'static str>,
     pub(crate) refusal: Option<&'static str>,
     pub(crate) regions: Vec<RamRegion>,
@@ -313,6 +320,7 @@ impl FakeHost {
         Self {
             world: world.clone(),
             memory: Arc::new(memory()),
+            passed: false,
             fails: None,
             refusal: None,
             regions: REGIONS.to_vec(),
@@ -329,7 +337,8 @@ impl FakeHost {
 
     /// The memory, as the engine gets it.
     pub(crate) fn side(&self) -> HostSide {
-        HostSide { memory: Arc::clone(&self.memory), fails: self.fails, touched: Arc::clone(&self.touched) }
+        let (world, memory) = (self.world.clone(), Arc::clone(&self.memory));
+        HostSide { world, memory, passed: self.passed, fails: self.fails, touched: Arc::clone(&self.touched) }
     }
 
     fn may(&self, call: &'static str) -> Result<MutexGuard<'_, Facts>, Planned> {
@@ -340,18 +349,27 @@ impl FakeHost {
 /// The memory of the machine that a host has built.
 #[derive(Debug, Clone)]
 pub(crate) struct HostSide {
+    world: World,
     memory: Arc<GuestMemoryMmap<()>>,
+    passed: bool,
     fails: Option<&'static str>,
     touched: Arc<Mutex<DirtyLedger>>,
 }
 
 impl GuestPages for HostSide {
     type Error = Planned;
+    type Handle = Arc<GuestMemoryMmap<()>>;
+
+    fn handle(&self) -> Result<Self::Handle, Planned> {
+        unreachable!("a target passes no memory")
+    }
 
     fn slice(&self, run: PageRun) -> Result<VolatileSlice<'_>, Planned> {
         if self.fails == Some("slice") {
             return Err(Planned("slice"));
         }
+        let runs_at_source = self.world.facts().runs_at_source;
+        assert!(!self.passed || !runs_at_source, "the target touches memory in which the guest runs");
         self.touched.lock().unwrap().put_back(run);
         Ok(slice(&self.memory, run))
     }
@@ -365,12 +383,15 @@ impl TargetHost for FakeHost {
     type Error = Planned;
     type Memory = HostSide;
 
-    fn prepare(&mut self, _offer: &Offer<'_>) -> Result<HostSide, Refusal> {
+    fn prepare(&mut self, _offer: &Offer<'_>, passed: Option<Arc<GuestMemoryMmap<()>>>) -> Result<HostSide, Refusal> {
         self.prepared = true;
-        match self.refusal {
-            Some(reason) => Err(Refusal::new(reason)),
-            None => Ok(self.side()),
+        if let Some(reason) = self.refusal {
+            return Err(Refusal::new(reason));
         }
+        if let Some(memory) = passed {
+            (self.memory, self.passed) = (memory, true);
+        }
+        Ok(self.side())
     }
 
     fn regions(&self) -> Vec<RamRegion> {

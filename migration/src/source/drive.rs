@@ -13,9 +13,9 @@ use crate::digest::TranscriptDigest;
 use crate::guest::{Claim, GuestPages};
 use crate::link::{Link, LinkError};
 use crate::progress::{Moved, Observer, Phase, Progress};
-use crate::region::PAGE_SIZE;
+use crate::region::{PAGE_SIZE, RamRegion};
 use crate::report::{Ending, PhaseReport, Report, Role, RoundReport, ms, per_second};
-use crate::wire::{Frame, Kind, MAX_REPORT, RoundEnd, Running};
+use crate::wire::{Frame, Kind, MAX_REPORT, RoundEnd, Running, Transfer};
 use std::time::Duration;
 use uuid::Uuid;
 
@@ -25,7 +25,7 @@ const LAST_WORDS: Duration = Duration::from_secs(1);
 /// What the target may answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Answer {
-    Accept { claims: Uuid },
+    Accept { claims: Uuid, transfer: Transfer },
     Ready,
     Running(Running),
     Verdict(Claim),
@@ -63,6 +63,7 @@ pub(super) struct Drive<'a, L> {
 #[derive(Debug, Clone)]
 struct Account {
     vm: Uuid,
+    transfer: Transfer,
     rounds: Vec<RoundReport>,
     phases: Vec<PhaseReport>,
     predicted: Option<Duration>,
@@ -72,8 +73,14 @@ struct Account {
 impl<'a, L: Link> Drive<'a, L> {
     pub(super) fn new(link: &'a mut L, plan: &'a Plan, streams: &'a Streams, around: Surroundings<'a>) -> Self {
         let Surroundings { clock, cancel, observer } = around;
-        let account =
-            Account { vm: Uuid::nil(), rounds: Vec::new(), phases: Vec::new(), predicted: None, switched: None };
+        let account = Account {
+            vm: Uuid::nil(),
+            transfer: Transfer::Copied,
+            rounds: Vec::new(),
+            phases: Vec::new(),
+            predicted: None,
+            switched: None,
+        };
         Self {
             plan,
             clock,
@@ -108,6 +115,29 @@ impl<'a, L: Link> Drive<'a, L> {
     /// Notes which guest this is about.
     pub(super) fn is_about(&mut self, vm: Uuid) {
         self.account.vm = vm;
+    }
+
+    /// Notes how the guest's memory gets to the target, and gets ready to send its pages if they are to be sent.
+    pub(super) fn memory_goes(&mut self, transfer: Transfer, regions: &[RamRegion]) -> Result<(), SourceError> {
+        self.account.transfer = transfer;
+        match transfer {
+            Transfer::Passed => Ok(()),
+            Transfer::Copied => {
+                let pages: Vec<_> = regions.iter().map(|region| region.pages).collect();
+                let prepared = self.streams.prepare(&pages, self.plan.delta_cache);
+                prepared.map_err(|source| SourceError::Guest { step: "get a ledger of its pages", source })
+            }
+        }
+    }
+
+    /// Whether a handle to memory can go to the target.
+    pub(super) fn carries_handles(&mut self) -> bool {
+        self.channel.link().carries_handles()
+    }
+
+    /// Sends the handle that a frame has announced.
+    pub(super) fn send_handle(&mut self, handle: &L::Handle) -> Result<(), SourceError> {
+        self.channel.send_handle(handle).map_err(|error| self.explain(error))
     }
 
     /// Notes that nobody runs the guest from now on.
@@ -225,7 +255,7 @@ impl<'a, L: Link> Drive<'a, L> {
         let frame = self.channel.receive(&mut self.inbox)?;
         let found = frame.kind();
         match frame {
-            Frame::Accept { claims } => Ok(Some(Answer::Accept { claims })),
+            Frame::Accept { claims, transfer } => Ok(Some(Answer::Accept { claims, transfer })),
             Frame::Ready => Ok(Some(Answer::Ready)),
             Frame::Running(part) => Ok(Some(Answer::Running(part))),
             Frame::Verdict(claim) => Ok(Some(Answer::Verdict(claim))),
@@ -362,13 +392,14 @@ impl<'a, L: Link> Drive<'a, L> {
     /// The report of a migration whose guest was given away: to a target that runs it, or does so perhaps.
     pub(super) fn report(&mut self, running: Option<Running>) -> Report {
         self.leave();
-        let Account { vm, rounds, phases, predicted, switched } = self.account.clone();
+        let Account { vm, transfer, rounds, phases, predicted, switched } = self.account.clone();
         let now = self.clock.now();
         Report {
             role: Role::Source,
             session: self.plan.session,
             vm,
             mode: self.plan.mode,
+            transfer,
             ending: if running.is_some() { Ending::HandedOver } else { Ending::ConfirmedLater },
             bytes: self.bytes(),
             total_ms: ms(now - self.started),

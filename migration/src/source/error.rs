@@ -42,6 +42,17 @@ pub enum SourceError {
         /// The target's words.
         reason: String,
     },
+    /// The guest's memory was to be passed, over a link that cannot.
+    #[error("Memory is passed over a Unix socket between two processes of one host, and here is none; copy it")]
+    NotPassable,
+    /// The guest's memory was passed and did not arrive.
+    #[error(
+        "The guest's memory was passed and did not arrive, as where something forwards the socket to another host; copy it"
+    )]
+    NotPassed,
+    /// The target says that it has got memory that was not passed.
+    #[error("The target says that it maps the guest's memory, which was not passed to it")]
+    NeverPassed,
     /// The target sent something that is no frame.
     #[error("The target does not keep to the migration protocol")]
     Frame(#[source] FrameError),
@@ -117,6 +128,9 @@ impl SourceError {
             Self::Link(LinkError::TimedOut { .. })
             | Self::Guest { .. }
             | Self::TooLarge { .. }
+            | Self::NotPassable
+            | Self::NotPassed
+            | Self::NeverPassed
             | Self::Frame(_)
             | Self::OutOfTurn { .. }
             | Self::Cancelled

@@ -3,7 +3,7 @@
 //! ```text
 //!         offer, open_streams   start_log, rounds     stop            seal             await_ready        go
 //! guest ──► Precopy ─(live)─► Precopy ──────────────► Stopped ──────► Sealed ─────────► Ready ──────────► HandedOver
-//!                └───────────(stop)──────────────────────▲                                  └──────────► InDoubt
+//!                └───(stop, or memory passed)────────────▲                                  └──────────► InDoubt
 //!             any failure ──► StillOurs: every step taken back, the guest runs on, the target is told why
 //! ```
 //! Each state consumes the one before, and holds the guest. What must never happen is that two hosts run it. So before `Go`
@@ -28,12 +28,12 @@ use crate::clock::Clock;
 use crate::codec::Codecs;
 use crate::convergence::Goal;
 use crate::digest;
-use crate::guest::{Description, SourceGuest};
+use crate::guest::{Description, GuestPages, HandleOf, SourceGuest};
 use crate::link::{Link, LinkError};
 use crate::progress::{Observer, Phase};
 use crate::region::{MAX_REGION_PAGES, MAX_REGIONS, RamRegion};
 use crate::report::Report;
-use crate::wire::{Frame, Hello, Kind, MAX_MACHINE, MAX_STATE, Mode, Seal};
+use crate::wire::{Frame, Hello, Kind, MAX_MACHINE, MAX_STATE, Mode, Seal, Transfer};
 use custody::{Custody, Step};
 use drive::{Answer, Drive};
 use std::fmt;
@@ -49,6 +49,17 @@ const BUILD: &str = concat!("godwit ", env!("CARGO_PKG_VERSION"));
 /// How long what a target has let go of may take to be free: its word may overtake the lock service of a file system.
 const LET_GO: Duration = Duration::from_secs(1);
 
+/// How the guest's memory is to get to the target.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MemoryPolicy {
+    /// It is passed where both ends are on one host, and else its content is sent.
+    Auto,
+    /// Its content is sent.
+    Copy,
+    /// It is passed, or the guest stays.
+    Pass,
+}
+
 /// How one migration is to go.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Plan {
@@ -58,6 +69,9 @@ pub struct Plan {
     pub mode: Mode,
     /// Whether both ends compare a digest of all memory before the guest is handed over. Costs downtime.
     pub verify: bool,
+    /// How the guest's memory is to get to the target. Where it is passed, there are no rounds, no further streams and no
+    /// codecs.
+    pub memory: MemoryPolicy,
     /// When to pause the guest, in live mode.
     pub goal: Goal,
     /// How long it all may take until the guest is handed over; `None` for as long as it needs.
@@ -80,6 +94,7 @@ impl Plan {
             session,
             mode,
             verify: false,
+            memory: MemoryPolicy::Auto,
             goal: Goal::default(),
             timeout: None,
             patience: Duration::from_secs(30),
@@ -136,6 +151,8 @@ pub enum Outcome<G> {
 struct Precopy<G> {
     custody: Custody<G>,
     regions: Vec<RamRegion>,
+    /// The ledger is empty where memory was passed: the target has all of it, as it is at any moment.
+    transfer: Transfer,
     round: u32,
     claims: Uuid,
 }
@@ -163,7 +180,7 @@ type Next<T, G> = Result<T, Box<Failed<G>>>;
 
 /// Migrates `guest` over `link`, and over the links that `further` gives where the plan has more streams. The caller should
 /// close the link when this returns: the target waits for that a while.
-pub fn run<G: SourceGuest, L: Link>(
+pub fn run<G: SourceGuest, L: Link<Handle = HandleOf<G::Memory>>>(
     guest: G,
     link: &mut L,
     plan: &Plan,
@@ -178,9 +195,11 @@ pub fn run<G: SourceGuest, L: Link>(
         let mut crew = Crew::new(&streams);
         let ready = Precopy::offer(guest, &mut drive).and_then(|precopy| {
             let precopy = precopy.open_streams(&mut drive, &mut crew, scope, Further { dial, thread })?;
-            let stopped = match plan.mode {
-                Mode::Stop => precopy.stop(&mut drive)?,
-                Mode::Live => precopy.start_log(&mut drive)?.rounds(&mut drive)?.stop(&mut drive)?,
+            let stopped = match (precopy.transfer, plan.mode) {
+                (Transfer::Passed, _) | (Transfer::Copied, Mode::Stop) => precopy.stop(&mut drive)?,
+                (Transfer::Copied, Mode::Live) => {
+                    precopy.start_log(&mut drive)?.rounds(&mut drive)?.stop(&mut drive)?
+                }
             };
             stopped.seal(&mut drive)?.await_ready(&mut drive)
         });
@@ -209,35 +228,34 @@ fn fail<G: SourceGuest, L: Link>(custody: Custody<G>, cause: SourceError, drive:
 }
 
 impl<G: SourceGuest> Precopy<G> {
-    /// Offers the guest: `Hello` out, `Accept` back.
-    fn offer<L: Link>(guest: G, drive: &mut Drive<'_, L>) -> Next<Self, G> {
+    /// Offers the guest: `Hello` out, its memory with it if that can be, and `Accept` back.
+    fn offer<L: Link<Handle = HandleOf<G::Memory>>>(guest: G, drive: &mut Drive<'_, L>) -> Next<Self, G> {
         drive.enter(Phase::Offering);
         let custody = Custody::new(guest, drive.plan.session);
         let offered = describe(&custody.guest).and_then(|description| {
             drive.is_about(description.vm);
             drive.check()?;
-            drive.send(&Frame::Hello(hello(drive.plan, &description)))?;
-            match drive.answer(Kind::Accept)? {
-                Answer::Accept { claims } => Ok((description, claims)),
-                other => Err(SourceError::OutOfTurn { found: other.kind(), expected: Kind::Accept }),
-            }
+            let handle = handle_to_pass(&custody.guest, drive)?;
+            let offered = if handle.is_some() { Transfer::Passed } else { Transfer::Copied };
+            drive.send(&Frame::Hello(hello(drive.plan, offered, &description)))?;
+            handle.iter().try_for_each(|handle| drive.send_handle(handle))?;
+            let (claims, transfer) = match drive.answer(Kind::Accept)? {
+                Answer::Accept { claims, transfer } => (claims, transfer),
+                other => return Err(SourceError::OutOfTurn { found: other.kind(), expected: Kind::Accept }),
+            };
+            check_transfer(drive.plan.memory, offered, transfer)?;
+            drive.memory_goes(transfer, &description.regions)?;
+            Ok((description, claims, transfer))
         });
         match offered {
-            Ok((Description { regions, .. }, claims)) => {
-                let pages: Vec<_> = regions.iter().map(|region| region.pages).collect();
-                match drive.streams.prepare(&pages, drive.plan.delta_cache) {
-                    Ok(()) => Ok(Self { custody, regions, round: 0, claims }),
-                    Err(source) => {
-                        let cause = SourceError::Guest { step: "get a ledger of its pages", source };
-                        Err(fail(custody, cause, drive))
-                    }
-                }
+            Ok((Description { regions, .. }, claims, transfer)) => {
+                Ok(Self { custody, regions, transfer, round: 0, claims })
             }
             Err(cause) => Err(fail(custody, cause, drive)),
         }
     }
 
-    /// Connects the further streams, each with its thread.
+    /// Connects the further streams, each with its thread. Memory that was passed needs none.
     fn open_streams<'scope, L: Link>(
         self,
         drive: &mut Drive<'_, L>,
@@ -247,7 +265,11 @@ impl<G: SourceGuest> Precopy<G> {
     ) -> Next<Self, G> {
         let Further { dial, thread } = further;
         let terms = Terms { session: drive.plan.session, patience: drive.plan.patience, thread };
-        let opened = (1..drive.plan.streams.get()).try_for_each(|_| {
+        let streams = match self.transfer {
+            Transfer::Copied => drive.plan.streams.get(),
+            Transfer::Passed => 1,
+        };
+        let opened = (1..streams).try_for_each(|_| {
             drive.check()?;
             let link = dial().map_err(SourceError::Link)?;
             crew.hire(scope, link, terms, self.custody.guest.memory()).map_err(|error| SourceError::Link(error.into()))
@@ -314,9 +336,10 @@ impl<G: SourceGuest> Precopy<G> {
         let saved = self.custody.guest.save();
         let state = saved.map_err(|error| SourceError::Guest { step: "save its state", source: host_error(error) })?;
         fits("The state", state.len() as u64, MAX_STATE as u64)?;
-        match drive.plan.mode {
-            Mode::Stop => drive.streams.ledger.lock().mark_all(),
-            Mode::Live => drop(self.harvest(drive)?),
+        match (self.transfer, drive.plan.mode) {
+            (Transfer::Passed, _) => {}
+            (Transfer::Copied, Mode::Stop) => drive.streams.ledger.lock().mark_all(),
+            (Transfer::Copied, Mode::Live) => drop(self.harvest(drive)?),
         }
         Ok(state)
     }
@@ -325,8 +348,7 @@ impl<G: SourceGuest> Precopy<G> {
 impl<G: SourceGuest> Stopped<G> {
     /// Sends the last pages and the state, gives up what only one host may hold, and seals it all.
     fn seal<L: Link>(mut self, drive: &mut Drive<'_, L>) -> Next<Sealed<G>, G> {
-        drive.enter(Phase::LastPages);
-        let sealed = self.send_rest(drive);
+        let sealed = self.send_last_pages(drive).and_then(|()| self.send_state(drive));
         let Precopy { custody, claims, .. } = self.precopy;
         match sealed {
             Ok(()) => Ok(Sealed { custody, claims }),
@@ -334,11 +356,21 @@ impl<G: SourceGuest> Stopped<G> {
         }
     }
 
-    fn send_rest<L: Link>(&mut self, drive: &mut Drive<'_, L>) -> Result<(), SourceError> {
-        let Self { precopy: Precopy { custody, regions, round, claims: _ }, state } = self;
+    fn send_last_pages<L: Link>(&self, drive: &mut Drive<'_, L>) -> Result<(), SourceError> {
+        match self.precopy.transfer {
+            Transfer::Passed => Ok(()),
+            Transfer::Copied => {
+                drive.enter(Phase::LastPages);
+                let last = drive.send_round(self.precopy.round + 1, &self.precopy.custody.guest.memory())?;
+                drive.round_done(last);
+                Ok(())
+            }
+        }
+    }
+
+    fn send_state<L: Link>(&mut self, drive: &mut Drive<'_, L>) -> Result<(), SourceError> {
+        let Self { precopy: Precopy { custody, regions, transfer: _, round: _, claims: _ }, state } = self;
         let memory = custody.guest.memory();
-        let last = drive.send_round(*round + 1, &memory)?;
-        drive.round_done(last);
         drive.enter(Phase::Restoring);
         drive.send(&Frame::State(state))?;
         let digests = if drive.plan.verify { digest::of_memory(&memory, regions) } else { Ok(Vec::new()) };
@@ -403,8 +435,34 @@ fn fits(what: &'static str, found: u64, max: u64) -> Result<(), SourceError> {
     if found <= max { Ok(()) } else { Err(SourceError::TooLarge { what, found, max }) }
 }
 
-fn hello<'a>(plan: &Plan, description: &'a Description) -> Hello<'a> {
+fn hello<'a>(plan: &Plan, transfer: Transfer, description: &'a Description) -> Hello<'a> {
     let Description { vm, regions, machine } = description;
-    let Plan { session, mode, verify, goal: _, timeout: _, patience: _, streams, codecs: _, delta_cache: _ } = *plan;
-    Hello { session, vm: *vm, mode, verify, streams: streams.get(), build: BUILD, regions: regions.clone(), machine }
+    let Plan { session, mode, verify, memory: _, goal: _, timeout: _, patience: _, streams, codecs: _, delta_cache: _ } =
+        *plan;
+    let (vm, streams, regions) = (*vm, streams.get(), regions.clone());
+    Hello { session, vm, mode, verify, streams, transfer, build: BUILD, regions, machine }
+}
+
+/// The handle to the guest's memory, if it is to be passed.
+fn handle_to_pass<G: SourceGuest, L: Link>(
+    guest: &G,
+    drive: &mut Drive<'_, L>,
+) -> Result<Option<HandleOf<G::Memory>>, SourceError> {
+    match (drive.plan.memory, drive.carries_handles()) {
+        (MemoryPolicy::Copy, _) | (MemoryPolicy::Auto, false) => Ok(None),
+        (MemoryPolicy::Pass, false) => Err(SourceError::NotPassable),
+        (MemoryPolicy::Auto | MemoryPolicy::Pass, true) => match guest.memory().handle() {
+            Ok(handle) => Ok(Some(handle)),
+            Err(error) => Err(SourceError::Guest { step: "pass its memory", source: host_error(error) }),
+        },
+    }
+}
+
+/// Whether what the target has got is what was passed, or may be less.
+fn check_transfer(policy: MemoryPolicy, offered: Transfer, got: Transfer) -> Result<(), SourceError> {
+    match (offered, got) {
+        (Transfer::Copied, Transfer::Passed) => Err(SourceError::NeverPassed),
+        (Transfer::Passed, Transfer::Copied) if policy == MemoryPolicy::Pass => Err(SourceError::NotPassed),
+        _ => Ok(()),
+    }
 }

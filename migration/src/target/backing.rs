@@ -119,6 +119,11 @@ mod tests {
 
     impl GuestPages for Asked {
         type Error = Infallible;
+        type Handle = ();
+
+        fn handle(&self) -> Result<(), Infallible> {
+            Ok(())
+        }
 
         fn slice(&self, _run: PageRun) -> Result<VolatileSlice<'_>, Infallible> {
             unreachable!("backing touches no memory itself")

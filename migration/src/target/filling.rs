@@ -8,7 +8,7 @@ use crate::digest::{self, TranscriptDigest};
 use crate::guest::GuestPages;
 use crate::region::RegionId;
 use crate::report::{Ending, PhaseReport, Report, Role, RoundReport, ms};
-use crate::wire::{Hello, Mode, Records, RoundEnd, Running, Seal};
+use crate::wire::{Hello, Mode, Records, RoundEnd, Running, Seal, Transfer};
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
@@ -23,6 +23,7 @@ pub struct Incoming {
     pub(super) session: Uuid,
     vm: Uuid,
     mode: Mode,
+    transfer: Transfer,
     verify: bool,
     started: Duration,
     rounds: Vec<RoundReport>,
@@ -73,9 +74,13 @@ impl Moment<'_> {
 }
 
 impl<M: GuestPages> Filling<M> {
-    pub(super) fn new(hello: Hello<'_>, memory: M, at: Moment<'_>) -> Self {
-        let Hello { session, vm, mode, verify, streams, build: _, regions, machine: _ } = hello;
-        let incoming = Incoming { session, vm, mode, verify, started: at.now, rounds: Vec::new() };
+    pub(super) fn new(hello: Hello<'_>, transfer: Transfer, memory: M, at: Moment<'_>) -> Self {
+        let Hello { session, vm, mode, verify, streams, transfer: _, build: _, regions, machine: _ } = hello;
+        let incoming = Incoming { session, vm, mode, transfer, verify, started: at.now, rounds: Vec::new() };
+        let streams = match transfer {
+            Transfer::Copied => streams,
+            Transfer::Passed => 1,
+        };
         let intake = Arc::new(Intake::new(memory, regions, streams));
         Self { incoming, intake, share: PageCounts::default(), started: at.now, bytes_before: at.bytes }
     }
@@ -164,12 +169,13 @@ impl<M: GuestPages> AwaitStreams<M> {
 impl Arrived {
     /// What this end knows by itself, now that the guest runs.
     pub(super) fn report(self, now: Duration, bytes: u64, phases: Vec<PhaseReport>) -> Report {
-        let Self { incoming: Incoming { session, vm, mode, verify, started, rounds }, part } = self;
+        let Self { incoming: Incoming { session, vm, mode, transfer, verify, started, rounds }, part } = self;
         Report {
             role: Role::Target,
             session,
             vm,
             mode,
+            transfer,
             ending: Ending::HandedOver,
             bytes,
             total_ms: ms(now - started),

@@ -4,6 +4,7 @@
 //! AwaitHello ──Hello──► Filling ──State──► AwaitSeal ──Seal──► AwaitGo ──Go──► Running
 //!     │                  │   ▲ Pages, RoundEnd            Ready sent      Running sent ──Report──► told
 //!     │                  │   and AwaitStreams, after a RoundEnd until the further streams are through, too
+//!     ├──Hello, with memory──► AwaitState ──State──► AwaitSeal
 //!     └──Query──► Answered
 //! any state but the last ──wrong frame, Abort, lost link──► fault: the guest is not this host's, and never will be
 //! ```
@@ -25,10 +26,10 @@ pub use filling::{Arrived, AwaitStreams, Filling, Incoming, Moment};
 pub use receive::{Arrival, Further, Reception, receive};
 
 use crate::channel::host_error;
-use crate::guest::{Claim, Claims, GuestPages, Offer, Refusal, TargetHost};
+use crate::guest::{Claim, Claims, GuestPages, HandleOf, Offer, Refusal, TargetHost};
 use crate::progress::Phase;
 use crate::region::RamRegion;
-use crate::wire::{Frame, Hello, Running, Seal};
+use crate::wire::{Frame, Hello, Running, Seal, Transfer};
 use std::time::Duration;
 use uuid::Uuid;
 
@@ -39,6 +40,8 @@ pub enum Target<M> {
     AwaitHello,
     /// The machine is built, and memory comes in.
     Filling(Box<Filling<M>>),
+    /// The machine is built around the guest's memory, which was passed, and in which the guest still runs at the source.
+    AwaitState(Box<Filling<M>>),
     /// The first stream is through with a round.
     AwaitStreams(AwaitStreams<M>),
     /// The state is here too.
@@ -80,13 +83,14 @@ pub enum Reply {
 }
 
 impl<M: GuestPages> Target<M> {
-    /// Takes one frame.
+    /// Takes one frame, and the memory that came with it.
     ///
     /// # Errors
     /// [`Fault`]; the migration is over then.
     pub fn on_frame<H: TargetHost<Memory = M>, C: Claims>(
         self,
         frame: Frame<'_>,
+        passed: Option<HandleOf<M>>,
         at: Moment<'_>,
         host: &mut H,
         claims: &C,
@@ -96,9 +100,14 @@ impl<M: GuestPages> Target<M> {
             (state, Frame::Heartbeat) if !matches!(state, Self::AwaitHello) => Ok((state, Reply::Silence)),
             (_, Frame::Abort { reason }) => Err(Fault::SourceGaveUp { reason: reason.to_owned() }),
             (Self::AwaitHello, Frame::Hello(hello)) => {
-                let memory = prepare(&hello, host)?;
-                let accept = Frame::Accept { claims: claims.identity() };
-                Ok((Self::Filling(Box::new(Filling::new(hello, memory, at))), Reply::Send(accept)))
+                let transfer = if passed.is_some() { Transfer::Passed } else { Transfer::Copied };
+                let memory = prepare(&hello, passed, host)?;
+                let filling = Box::new(Filling::new(hello, transfer, memory, at));
+                let next = match transfer {
+                    Transfer::Copied => Self::Filling(filling),
+                    Transfer::Passed => Self::AwaitState(filling),
+                };
+                Ok((next, Reply::Send(Frame::Accept { claims: claims.identity(), transfer })))
             }
             (Self::AwaitHello, Frame::Query { session, claims: asked }) => {
                 let stands = verdict(session, asked, claims)?;
@@ -111,7 +120,7 @@ impl<M: GuestPages> Target<M> {
             (Self::Filling(filling), Frame::RoundEnd(end)) => {
                 Ok((Self::AwaitStreams(filling.round_end(end)?), Reply::Silence))
             }
-            (Self::Filling(filling), Frame::State(state)) => {
+            (Self::Filling(filling) | Self::AwaitState(filling), Frame::State(state)) => {
                 let state = AwaitSeal { filling: *filling, state: state.to_vec() };
                 Ok((Self::AwaitSeal(Box::new(state)), Reply::Silence))
             }
@@ -134,7 +143,7 @@ impl<M: GuestPages> Target<M> {
     pub fn session(&self) -> Option<Uuid> {
         match self {
             Self::AwaitHello | Self::Answered(_) => None,
-            Self::Filling(filling) => Some(filling.incoming.session),
+            Self::Filling(filling) | Self::AwaitState(filling) => Some(filling.incoming.session),
             Self::AwaitStreams(waiting) => Some(waiting.session()),
             Self::AwaitSeal(whole) => Some(whole.filling.incoming.session),
             Self::AwaitGo(ready) => Some(ready.incoming.session),
@@ -146,6 +155,7 @@ impl<M: GuestPages> Target<M> {
         match self {
             Self::AwaitHello => "before Hello",
             Self::Filling(_) | Self::AwaitStreams(_) => "while its memory came in",
+            Self::AwaitState(_) => "when State was due, since its memory was passed",
             Self::AwaitSeal(_) => "between State and Seal",
             Self::AwaitGo(_) => "when Go was due",
             Self::Running(_) => "after Go",
@@ -156,7 +166,7 @@ impl<M: GuestPages> Target<M> {
     /// The phase that the next frame belongs to.
     fn phase(&self) -> Phase {
         match self {
-            Self::AwaitHello | Self::Answered(_) => Phase::Offering,
+            Self::AwaitHello | Self::AwaitState(_) | Self::Answered(_) => Phase::Offering,
             Self::Filling(_) | Self::AwaitStreams(_) => Phase::Rounds,
             Self::AwaitSeal(_) => Phase::Restoring,
             Self::AwaitGo(_) | Self::Running(_) => Phase::HandingOver,
@@ -165,10 +175,15 @@ impl<M: GuestPages> Target<M> {
 }
 
 /// Has the host check the offer and build the machine, and compares its memory with the guest's.
-fn prepare<H: TargetHost>(hello: &Hello<'_>, host: &mut H) -> Result<H::Memory, Fault> {
-    let Hello { session, vm, mode, verify: _, streams: _, build, regions, machine } = hello;
+fn prepare<H: TargetHost>(
+    hello: &Hello<'_>,
+    passed: Option<HandleOf<H::Memory>>,
+    host: &mut H,
+) -> Result<H::Memory, Fault> {
+    let Hello { session, vm, mode, verify: _, streams: _, transfer: _, build, regions, machine } = hello;
     let (session, vm, mode) = (*session, *vm, *mode);
-    let memory = host.prepare(&Offer { session, vm, mode, build, regions, machine }).map_err(Fault::Refused)?;
+    let offer = Offer { session, vm, mode, build, regions, machine };
+    let memory = host.prepare(&offer, passed).map_err(Fault::Refused)?;
     let here = host.regions();
     if here == *regions {
         return Ok(memory);

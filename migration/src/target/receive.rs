@@ -8,11 +8,11 @@ use crate::bell::Bell;
 use crate::channel::{Channel, TICK, in_words};
 use crate::clock::Clock;
 use crate::codec::block::Unpacker;
-use crate::guest::{Claim, Claims, GuestPages, TargetHost};
+use crate::guest::{Claim, Claims, GuestPages, HandleOf, TargetHost};
 use crate::link::{Link, LinkError};
 use crate::progress::{Moved, Observer, Phase, Progress};
 use crate::report::{PhaseReport, Report, ms, per_second};
-use crate::wire::Frame;
+use crate::wire::{Frame, Hello, Transfer};
 use std::fmt;
 use std::sync::Arc;
 use std::thread;
@@ -70,7 +70,7 @@ pub enum Arrival {
 /// # Errors
 /// [`Fault`]. The source has been told, if it can be, the record says that the guest is not this host's, and the host has
 /// abandoned it. [`Fault::NotRunning`] alone is different: the guest is this host's, and the host still has it.
-pub fn receive<L: Link, H: TargetHost, C: Claims + Sync>(
+pub fn receive<L: Link<Handle = HandleOf<H::Memory>>, H: TargetHost, C: Claims + Sync>(
     link: &mut L,
     host: &mut H,
     claims: &C,
@@ -124,7 +124,7 @@ struct Driver<'a, L, M> {
     phases: Vec<PhaseReport>,
 }
 
-impl<'a, L: Link, M: GuestPages> Driver<'a, L, M> {
+impl<'a, M: GuestPages, L: Link<Handle = M::Handle>> Driver<'a, L, M> {
     fn new(link: &'a mut L, around: Reception<'a>) -> Self {
         link.set_patience(around.patience);
         let (channel, body, phases) = (Channel::new(link), Vec::new(), Vec::new());
@@ -185,8 +185,14 @@ impl<'a, L: Link, M: GuestPages> Driver<'a, L, M> {
         self.wait()?;
         let frame = self.channel.receive(&mut self.body)?;
         let pages = if let Frame::Pages(pages) = &frame { Some(*pages) } else { None };
+        let passed = match (&target, &frame) {
+            (Target::AwaitHello, Frame::Hello(Hello { transfer: Transfer::Passed, .. })) => {
+                self.channel.receive_handle().map_err(Fault::Link)?
+            }
+            _ => None,
+        };
         let at = moment(&self.around, &self.channel, self.intake.as_deref());
-        let (target, reply) = target.on_frame(frame, at, host, claims)?;
+        let (target, reply) = target.on_frame(frame, passed, at, host, claims)?;
         self.session = target.session();
         match reply {
             Reply::Silence => {}

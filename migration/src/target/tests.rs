@@ -35,8 +35,18 @@ fn at() -> Moment<'static> {
 
 fn hello() -> Hello<'static> {
     let regions = REGIONS.to_vec();
-    let (mode, machine) = (Mode::Stop, b"{}");
-    Hello { session: SESSION, vm: Uuid::nil(), mode, verify: false, streams: 1, build: "test", regions, machine }
+    let (mode, transfer, machine) = (Mode::Stop, Transfer::Copied, b"{}");
+    Hello {
+        session: SESSION,
+        vm: Uuid::nil(),
+        mode,
+        verify: false,
+        streams: 1,
+        transfer,
+        build: "test",
+        regions,
+        machine,
+    }
 }
 
 fn seal() -> Seal {
@@ -73,7 +83,7 @@ impl Bench {
     fn send(&mut self, frame: Frame<'_>) -> Result<Reply, Fault> {
         let target = self.target.take().expect("no fault so far");
         let pages = if let Frame::Pages(pages) = &frame { Some(*pages) } else { None };
-        let (target, reply) = target.on_frame(frame, at(), &mut self.host, &self.claims)?;
+        let (target, reply) = target.on_frame(frame, None, at(), &mut self.host, &self.claims)?;
         if let (Target::Filling(filling), Some(pages)) = (&target, pages) {
             let wait = Wait { clock: &CLOCK, limit: Duration::from_secs(9), idle: &mut |_, _, _| {} };
             install(&filling.intake, pages, &mut Unpacker::new(), wait)?;
@@ -100,7 +110,7 @@ impl Bench {
 fn frames(records: &[PageRecord]) -> Vec<Frame<'_>> {
     vec![
         Frame::Hello(hello()),
-        Frame::Accept { claims: Uuid::nil() },
+        Frame::Accept { claims: Uuid::nil(), transfer: Transfer::Copied },
         Frame::Refuse { reason: "" },
         runs(records),
         Frame::RoundEnd(RoundEnd { round: 1, pages: 0, zero_pages: 0 }),
@@ -150,6 +160,29 @@ fn every_frame_is_taken_in_its_states_only() {
     }
 }
 
+/// A source that has passed the guest's memory cannot have pages written into it, too.
+#[test]
+fn after_memory_only_state_may_come() {
+    let passed = || {
+        let mut bench = Bench::new();
+        let memory = std::sync::Arc::clone(&bench.host.memory);
+        let target = bench.target.take().unwrap();
+        let (hello, host) = (Frame::Hello(hello()), &mut bench.host);
+        let (target, reply) = target.on_frame(hello, Some(memory), at(), host, &bench.claims).unwrap();
+        assert!(matches!(reply, Reply::Send(Frame::Accept { transfer: Transfer::Passed, .. })));
+        bench.target = Some(target);
+        bench
+    };
+    for frame in frames(&[record(0, 0, 1, PageCode::Zero)]) {
+        let (kind, result) = (frame.kind(), passed().send(frame));
+        match kind {
+            Kind::State | Kind::Heartbeat => assert_eq!(result.unwrap(), Reply::Silence),
+            Kind::Abort => assert!(matches!(result, Err(Fault::SourceGaveUp { .. }))),
+            _ => assert!(matches!(result, Err(Fault::OutOfTurn { found, .. }) if found == kind), "{kind}"),
+        }
+    }
+}
+
 #[test]
 fn the_claim_stands_before_the_guest_runs() {
     let mut bench = Bench::before(Kind::Go);
@@ -166,7 +199,7 @@ fn a_go_after_the_answer_not_mine_does_not_run_the_guest() {
     let mut bench = Bench::before(Kind::Go);
     let query = Frame::Query { session: SESSION, claims: bench.claims.identity() };
     let (_, reply) =
-        Target::AwaitHello.on_frame(query, at(), &mut FakeHost::refusing(&World::new()), &bench.claims).unwrap();
+        Target::AwaitHello.on_frame(query, None, at(), &mut FakeHost::refusing(&World::new()), &bench.claims).unwrap();
     assert_eq!(reply, Reply::Last(Frame::Verdict(Claim::NotMine)));
     assert!(matches!(bench.send(Frame::Go), Err(Fault::ClaimedNotMine)));
     assert!(!bench.host.world.facts().runs_at_target);
@@ -179,7 +212,7 @@ fn an_answer_is_the_same_each_time() {
     for (session, stands) in [(SESSION, Claim::Mine), (Uuid::from_u128(2), Claim::NotMine)].repeat(2) {
         let query = Frame::Query { session, claims: claims.identity() };
         let mut host = FakeHost::refusing(&World::new());
-        let (target, reply) = Target::AwaitHello.on_frame(query, at(), &mut host, &claims).unwrap();
+        let (target, reply) = Target::AwaitHello.on_frame(query, None, at(), &mut host, &claims).unwrap();
         assert!(matches!(target, Target::Answered(claim) if claim == stands));
         assert_eq!(reply, Reply::Last(Frame::Verdict(stands)));
     }

@@ -24,6 +24,33 @@ pub enum Mode {
     Live,
 }
 
+/// How a guest's memory gets to the target.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Transfer {
+    /// Its content is sent, page by page.
+    Copied,
+    /// The memory itself is passed: both ends are on one host, and map the same pages.
+    Passed,
+}
+
+impl Transfer {
+    fn to_wire(self) -> u8 {
+        match self {
+            Self::Copied => 0,
+            Self::Passed => 1,
+        }
+    }
+
+    fn from_wire(found: u8, kind: Kind) -> Result<Self, FrameError> {
+        match found {
+            0 => Ok(Self::Copied),
+            1 => Ok(Self::Passed),
+            _ => Err(FrameError::Value { what: "The way of memory", kind, found: found.into() }),
+        }
+    }
+}
+
 /// One frame, borrowing from the buffer that it was read into.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Frame<'a> {
@@ -33,6 +60,8 @@ pub enum Frame<'a> {
     Accept {
         /// The identity of the target's record of claims.
         claims: Uuid,
+        /// Whether the target has got the memory that was passed, if any was.
+        transfer: Transfer,
     },
     /// The offer is not taken.
     Refuse {
@@ -88,6 +117,8 @@ pub struct Hello<'a> {
     pub verify: bool,
     /// Over how many streams pages will come, this link included: 1 to [`MAX_STREAMS`].
     pub streams: u16,
+    /// Whether a handle to the guest's memory follows the frame.
+    pub transfer: Transfer,
     /// The build of the source's engine.
     pub build: &'a str,
     /// The guest's memory, at most [`MAX_REGIONS`] pieces.
@@ -147,6 +178,7 @@ struct WireHello {
     build_bytes: U16,
     streams: U16,
     machine_bytes: U32,
+    transfer: u8,
 }
 
 #[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
@@ -226,7 +258,10 @@ impl<'a> Frame<'a> {
         out.resize(HEADER_BYTES, 0);
         match self {
             Self::Hello(hello) => hello.encode(out),
-            Self::Accept { claims } => out.extend(claims.as_bytes()),
+            Self::Accept { claims, transfer } => {
+                out.extend(claims.as_bytes());
+                out.push(transfer.to_wire());
+            }
             Self::Refuse { reason } | Self::Abort { reason } => {
                 out.extend(&reason.as_bytes()[..reason.floor_char_boundary(MAX_REASON)]);
             }
@@ -267,7 +302,10 @@ impl<'a> Frame<'a> {
         let mut cursor = Cursor::new(kind, body);
         let frame = match kind {
             Kind::Hello => Self::Hello(Hello::parse(&mut cursor)?),
-            Kind::Accept => Self::Accept { claims: Uuid::from_bytes(*cursor.field()?) },
+            Kind::Accept => {
+                let claims = Uuid::from_bytes(*cursor.field()?);
+                Self::Accept { claims, transfer: Transfer::from_wire(*cursor.field()?, kind)? }
+            }
             Kind::Refuse => Self::Refuse { reason: cursor.text(cursor.left())? },
             Kind::Pages => Self::Pages(Pages::parse(&mut cursor)?),
             Kind::RoundEnd => {
@@ -307,7 +345,7 @@ impl<'a> Frame<'a> {
 impl<'a> Hello<'a> {
     fn encode(&self, out: &mut Vec<u8>) {
         const BOUNDED: &str = "the engine bounds what it offers";
-        let Self { session, vm, mode, verify, streams, build, regions, machine } = self;
+        let Self { session, vm, mode, verify, streams, transfer, build, regions, machine } = self;
         let fixed = WireHello {
             session: *session.as_bytes(),
             vm: *vm.as_bytes(),
@@ -320,6 +358,7 @@ impl<'a> Hello<'a> {
             build_bytes: u16::try_from(build.len()).expect(BOUNDED).into(),
             streams: (*streams).into(),
             machine_bytes: u32::try_from(machine.len()).expect(BOUNDED).into(),
+            transfer: transfer.to_wire(),
         };
         out.extend(fixed.as_bytes());
         out.extend(build.as_bytes());
@@ -331,7 +370,8 @@ impl<'a> Hello<'a> {
 
     fn parse(cursor: &mut Cursor<'a>) -> Result<Self, FrameError> {
         let kind = Kind::Hello;
-        let WireHello { session, vm, mode, verify, regions, build_bytes, streams, machine_bytes } = cursor.field()?;
+        let WireHello { session, vm, mode, verify, regions, build_bytes, streams, machine_bytes, transfer } =
+            cursor.field()?;
         let bounded = |what, found: u32, max: usize| {
             let length = FrameError::Length { what, kind, found: found.into(), max: max as u64 };
             if found as usize <= max { Ok(found as usize) } else { Err(length) }
@@ -347,6 +387,7 @@ impl<'a> Hello<'a> {
             1 => true,
             &found => return Err(value("The wish to verify", found)),
         };
+        let transfer = Transfer::from_wire(*transfer, kind)?;
         let streams = streams.get();
         if !(1..=MAX_STREAMS).contains(&streams) {
             let (found, max) = (streams.into(), MAX_STREAMS.into());
@@ -357,7 +398,7 @@ impl<'a> Hello<'a> {
         let regions = (0..count).map(|_| parse_region(cursor)).collect::<Result<_, _>>()?;
         let machine = cursor.bytes(bounded("The machine", machine_bytes.get(), MAX_MACHINE)?)?;
         let (session, vm) = (Uuid::from_bytes(*session), Uuid::from_bytes(*vm));
-        Ok(Self { session, vm, mode, verify, streams, build, regions, machine })
+        Ok(Self { session, vm, mode, verify, streams, transfer, build, regions, machine })
     }
 }
 

@@ -3,13 +3,14 @@
 //! ```text
 //! header, little endian:  magic "GWMG"  version u16  kind u16  length u32  checksum u32     then `length` bytes of body
 //! ```
-//! The checksum is the CRC-32C of the header's first 12 bytes and the body. Only `Pages` is followed by more: the bytes of
-//! its raw runs, which are in no frame buffer but go from guest memory to guest memory; how many follow from its records.
+//! The checksum is the CRC-32C of the header's first 12 bytes and the body. Two frames are followed by more. After `Pages`
+//! come the bytes of its raw runs, which are in no frame buffer but go from guest memory to guest memory; how many follow
+//! from its records. After a `Hello` that says so comes the handle to the guest's memory, which is no bytes at all.
 //!
 //! | frame | direction | says |
 //! | --- | --- | --- |
-//! | `Hello` | → | session, guest, memory and machine offered |
-//! | `Accept` | ← | the machine is built; who to ask in doubt |
+//! | `Hello` | → | session, guest, memory and machine offered; whether a handle to the memory follows |
+//! | `Accept` | ← | the machine is built; who to ask in doubt; whether the handle came |
 //! | `Refuse` | ← | no, in words |
 //! | `Join` | → | on a new link: one more stream of that session, for `Pages` and `RoundEnd` |
 //! | `Pages` | → | runs of zero pages, runs in one of the codecs, and runs whose bytes follow |
@@ -35,7 +36,7 @@ mod pages;
 #[cfg(test)]
 mod tests;
 
-pub use frame::{Frame, Hello, Join, Mode, RoundEnd, Running, Seal};
+pub use frame::{Frame, Hello, Join, Mode, RoundEnd, Running, Seal, Transfer};
 pub use header::{HEADER_BYTES, Header, Kind, VERSION};
 pub use pages::{MAX_PAGES, MAX_RAW_PAGES, MAX_RECORDS, PackedBlock, PageRecord, Pages, Records};
 

@@ -23,6 +23,7 @@ fn hello() -> Hello<'static> {
         mode: Mode::Live,
         verify: true,
         streams: 3,
+        transfer: Transfer::Passed,
         build: "godwit 0",
         regions: vec![RamRegion { start: GuestAddress(1 << 32), pages: 258 }],
         machine: b"{}",
@@ -64,7 +65,7 @@ fn runs(records: &[PageRecord]) -> Frame<'_> {
 fn all<'a>(records: &'a [PageRecord]) -> Vec<Frame<'a>> {
     vec![
         Frame::Hello(hello()),
-        Frame::Accept { claims: Uuid::from_u128(3) },
+        Frame::Accept { claims: Uuid::from_u128(3), transfer: Transfer::Passed },
         Frame::Refuse { reason: "no room" },
         Frame::Pages(Pages {
             records: Records::new(records),
@@ -95,28 +96,28 @@ fn records() -> [PageRecord; 2] {
     [record(1, 0x0201, 3, PageCode::Raw), record(0, 7, 0x102, PageCode::Zero)]
 }
 
-/// The bytes of version 2, made by another program from the description of the format: magic, version, kind, length,
+/// The bytes of version 3, made by another program from the description of the format: magic, version, kind, length,
 /// checksum, then the body in groups of 16. A change here is a new version of the protocol.
 #[test]
 fn golden_bytes() {
     let expected = [
-        "47574d47 0200 0100 46000000 27968f91 0102030405060708090a0b0c0d0e0f10 1112131415161718191a1b1c1d1e1f20 010101000800030002000000676f6477 69742030000000000100000002010000 000000007b7d",
-        "47574d47 0200 0200 10000000 66ab8f59 00000000000000000000000000000003",
-        "47574d47 0200 0300 07000000 78d4ee3f 6e6f20726f6f6d",
-        "47574d47 0200 0400 2d000000 44e5c759 02000100021000000102000000000000 03000000010000000700000000000000 0201000000000100626c6f636b",
-        "47574d47 0200 0500 14000000 de6aec5d 03030000000000000200000000000000 02000000",
-        "47574d47 0200 0600 05000000 57c23ecd 7374617465",
-        "47574d47 0200 0700 32000000 82730c63 01000900000000000000010203040506 07080300000000000000040000000000 00000500000000000000060000000000 0000",
-        "47574d47 0200 0800 00000000 91deff6a",
-        "47574d47 0200 0900 00000000 88b5cf85",
-        "47574d47 0200 0a00 10000000 94846a2b 03000000000000000102000000000000",
-        "47574d47 0200 0b00 20000000 ec8559e3 00000000000000000000000000000001 00000000000000000000000000000003",
-        "47574d47 0200 0c00 01000000 e5fa4e5d 01",
-        "47574d47 0200 0c00 01000000 e67925af 00",
-        "47574d47 0200 0d00 09000000 d8b62f84 63616e63656c6c6564",
-        "47574d47 0200 0e00 00000000 25498603",
-        "47574d47 0200 0f00 02000000 11d2a1a0 7b7d",
-        "47574d47 0200 1000 12000000 87d4f5d2 00000000000000000000000000000001 0102",
+        "47574d47 0300 0100 47000000 148ffd51 0102030405060708090a0b0c0d0e0f10 1112131415161718191a1b1c1d1e1f20 01010100080003000200000001676f64 77697420300000000001000000020100 00000000007b7d",
+        "47574d47 0300 0200 11000000 039d16c4 00000000000000000000000000000003 01",
+        "47574d47 0300 0300 07000000 79296058 6e6f20726f6f6d",
+        "47574d47 0300 0400 2d000000 2e16ca90 02000100021000000102000000000000 03000000010000000700000000000000 0201000000000100626c6f636b",
+        "47574d47 0300 0500 14000000 eae1f9ff 03030000000000000200000000000000 02000000",
+        "47574d47 0300 0600 05000000 32faecfd 7374617465",
+        "47574d47 0300 0700 32000000 76ad79d6 01000900000000000000010203040506 07080300000000000000040000000000 00000500000000000000060000000000 0000",
+        "47574d47 0300 0800 00000000 b6a3c323",
+        "47574d47 0300 0900 00000000 afc8f3cc",
+        "47574d47 0300 0a00 10000000 1a462591 03000000000000000102000000000000",
+        "47574d47 0300 0b00 20000000 c790993e 00000000000000000000000000000001 00000000000000000000000000000003",
+        "47574d47 0300 0c00 01000000 ad2c70a9 01",
+        "47574d47 0300 0c00 01000000 aeaf1b5b 00",
+        "47574d47 0300 0d00 09000000 876acbdb 63616e63656c6c6564",
+        "47574d47 0300 0e00 00000000 0234ba4a",
+        "47574d47 0300 0f00 02000000 b4a9f76b 7b7d",
+        "47574d47 0300 1000 12000000 88505bff 00000000000000000000000000000001 0102",
     ];
     for (frame, expected) in all(&records()).iter().zip(expected) {
         let found: String = bytes(frame).iter().map(|byte| format!("{byte:02x}")).collect();
@@ -171,8 +172,8 @@ fn every_body_of_another_length_is_refused() {
 #[test]
 fn strangers_and_other_versions_are_told_apart() {
     assert_eq!(parse(b"GET / HTTP/1.1\r\n\r\n"), Err(FrameError::NotOurs { found: u32::from_le_bytes(*b"GET ") }));
-    assert_eq!(parse(&raw(3, 1, &[])), Err(FrameError::Version { found: 3 }));
-    assert_eq!(parse(&raw(1, 77, &[])), Err(FrameError::Version { found: 1 }));
+    assert_eq!(parse(&raw(4, 1, &[])), Err(FrameError::Version { found: 4 }));
+    assert_eq!(parse(&raw(2, 77, &[])), Err(FrameError::Version { found: 2 }));
     assert_eq!(parse(&raw(VERSION, 77, &[])), Err(FrameError::Kind { found: 77 }));
     assert_eq!(parse(&raw(VERSION, 0, &[])), Err(FrameError::Kind { found: 0 }));
     for (kind, frame) in [(3, Frame::Refuse { reason: "too new" }), (13, Frame::Abort { reason: "too new" })] {
@@ -208,6 +209,7 @@ fn numbers_in_hello_are_bounded() {
     assert!(matches!(refused(34, &regions.to_le_bytes()), FrameError::Length { max: 16, .. }));
     assert!(matches!(refused(36, &65_u16.to_le_bytes()), FrameError::Length { max: 64, .. }));
     assert!(matches!(refused(40, &u32::MAX.to_le_bytes()), FrameError::Length { .. }));
+    assert!(matches!(refused(44, &[2]), FrameError::Value { what: "The way of memory", .. }));
     assert!(matches!(refused(HELLO_BYTES, &[0xff]), FrameError::NotText { .. }));
     let pages = (MAX_REGION_PAGES + 1).to_le_bytes();
     assert!(matches!(refused(HELLO_BYTES + 8 + 8, &pages), FrameError::Length { what: "A region", .. }));
@@ -282,15 +284,16 @@ proptest! {
     #[test]
     fn any_hello_is_read_as_it_was_written(
         (session, vm) in any::<(u128, u128)>(),
-        (live, verify, streams) in (any::<bool>(), any::<bool>(), 1..=MAX_STREAMS),
+        (live, verify, passed, streams) in (any::<bool>(), any::<bool>(), any::<bool>(), 1..=MAX_STREAMS),
         build in "[ -~]{0,64}",
         regions in prop::collection::vec((any::<u64>(), 0..=MAX_REGION_PAGES), 0..=MAX_REGIONS),
         machine in prop::collection::vec(any::<u8>(), 0..300),
     ) {
         let regions = regions.into_iter().map(|(start, pages)| RamRegion { start: GuestAddress(start), pages }).collect();
         let mode = if live { Mode::Live } else { Mode::Stop };
+        let transfer = if passed { Transfer::Passed } else { Transfer::Copied };
         let (session, vm) = (Uuid::from_u128(session), Uuid::from_u128(vm));
-        let hello = Hello { session, vm, mode, verify, streams, build: &build, regions, machine: &machine };
+        let hello = Hello { session, vm, mode, verify, streams, transfer, build: &build, regions, machine: &machine };
         let frame = Frame::Hello(hello);
         let written = bytes(&frame);
         prop_assert_eq!(parse(&written), Ok(frame));

@@ -14,7 +14,7 @@ use rustix::process::Signal;
 
 use super::migrate::verify_micro;
 use crate::console::Console;
-use crate::godwit::Godwit;
+use crate::godwit::{Godwit, copying};
 use crate::scenario::{Context, Needs, Scenario};
 
 /// See its `about`.
@@ -72,7 +72,7 @@ fn break_a_move(
 ) -> Result<()> {
     let target = Godwit::receive(context, &format!("{trouble:?}-{mode:?}"), &[])?;
     let timeout_s = (trouble == Trouble::Timeout).then_some(NonZeroU32::MIN);
-    let order = Request::StartMigration(StartMigration { mode, timeout_s, ..StartMigration::new(target.address()) });
+    let order = Request::StartMigration(StartMigration { timeout_s, ..copying(&target, mode) });
     match mode {
         // It hangs before it has answered the offer.
         MigrationMode::Stop => {

@@ -9,7 +9,7 @@ use verifier::net::Client;
 
 use crate::bridge::Bridge;
 use crate::console::Console;
-use crate::godwit::{Godwit, call};
+use crate::godwit::{Godwit, call, copying};
 use crate::scenario::{Context, Needs, Scenario};
 use crate::traveller::Traveller;
 
@@ -89,7 +89,7 @@ fn micro(context: &Context, moves: usize) -> Result<()> {
         let (mode, streams) = (BOTH[stop % 2], Streams::try_from([1, 2, 5, 64][stop / 2 % 4])?);
         let codec = CODECS[stop % CODECS.len()].parse::<Codecs>()?;
         let congestion = (stop % 3 != 0).then(|| "reno".to_owned());
-        let order = StartMigration { mode, streams, congestion, codec, ..StartMigration::new(target.address()) };
+        let order = StartMigration { streams, congestion, codec, ..copying(&target, mode) };
         let status = godwit.migrate_as(order, &target, Duration::from_secs(30))?;
         println!(
             "move {stop}: {mode:?} over {} streams, codecs {codec}, {} rounds, downtime {:?}",
@@ -118,7 +118,8 @@ fn is_not_reset_without_a_kernel(godwit: &Godwit, kernel: &str) -> Result<()> {
 fn told_alike(context: &Context, source: Godwit) -> Result<Godwit> {
     let target = Godwit::receive(context, "last", &[])?;
     let (api, to) = (source.folder().join("api.sock").display().to_string(), target.address().to_string());
-    let (ended, told) = call(context, &["migrate", "--json", "--verify", "--api", &api, "--to", &to])?;
+    let how = ["--json", "--verify", "--memory=copy", "--api", &api, "--to", &to];
+    let (ended, told) = call(context, &[&["migrate"], &how[..]].concat())?;
     ended.expect(0, "")?;
     print!("{told}");
     source.finish(Duration::from_secs(30))?.expect(0, "The guest has moved to")?;

@@ -13,6 +13,7 @@ mod dirty_rate;
 mod ends;
 mod handmade;
 mod migrate;
+mod passed;
 mod readme;
 mod smoke;
 
@@ -34,15 +35,19 @@ pub const ALL: &[Scenario] = &[
     dirty_rate::ENDED,
     readme::API,
     readme::DIRTY_RATE,
+    readme::UPGRADE,
     readme::MOVES,
     boot::LINUX,
     migrate::MICRO,
     migrate::MICRO_TWO_REGIONS,
+    passed::MICRO,
+    passed::BROKEN,
     broken_moves::BROKEN,
     broken_moves::TAKEN_DISK,
     between_hosts::APART,
     migrate::LINUX,
     migrate::LINUX_SMP,
+    passed::LINUX,
     migrate::PULSE,
     debian::DEBIAN,
 ];

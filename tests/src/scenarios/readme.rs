@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use control::Phase;
+use control::{Client, Phase, Request};
 
 use crate::godwit::Godwit;
 use crate::scenario::{Context, Needs, Scenario};
@@ -41,6 +41,15 @@ pub(super) const DIRTY_RATE: Scenario = Scenario {
     run: dirty_rate,
 };
 
+/// See its `about`.
+pub(super) const UPGRADE: Scenario = Scenario {
+    name: "readme-upgrade",
+    about: "The README's commands put another Godwit under a running guest",
+    needs: Needs::Kvm,
+    timeout: Duration::from_secs(30),
+    run: upgrade,
+};
+
 fn moves(context: &Context) -> Result<()> {
     for image in ["vmlinux", "initramfs"] {
         symlink(context.images.join(image), context.work.join(image))?;
@@ -58,6 +67,21 @@ fn api(context: &Context) -> Result<()> {
     let output = run(context, godwit.folder(), &block("readme-api")?)?;
     ensure!(output.contains("godwit_vcpus 1"), "The metrics are not told:\n{output}");
     godwit.finish(Duration::from_secs(10))?.expect(0, "ended by request")
+}
+
+fn upgrade(context: &Context) -> Result<()> {
+    let kernel = context.images.join("micro.elf").display().to_string();
+    let godwit = Godwit::run(context, "guest", &["--kernel", &kernel, "--memory=64M"])?;
+    godwit.await_phase(Phase::Running)?;
+    symlink("api.sock", godwit.folder().join("a.sock"))?;
+    symlink(context.godwit.parent().context("godwit lies in a folder")?, godwit.folder().join("new"))?;
+    let new = Client::new(godwit.folder().join("new.sock"));
+    let output = run(context, godwit.folder(), &block("readme-upgrade")?)?;
+    ensure!(output.contains("live migration completed: memory passed, "), "The migration is not told:\n{output}");
+    ensure!(output.contains(" is running"), "The status is not told:\n{output}");
+    godwit.finish(Duration::from_secs(10))?.expect(0, "The guest has moved to")?;
+    new.call(&Request::Kill)?;
+    Ok(())
 }
 
 fn dirty_rate(context: &Context) -> Result<()> {

@@ -74,7 +74,11 @@ impl EmptyMachine {
         Self::around(host, config, memory, resources, line, listener)
     }
 
-    fn around(
+    /// The same around memory that is there.
+    ///
+    /// # Errors
+    /// [`MachineError`] if the host lacks something.
+    pub fn around(
         host: &KvmHost,
         config: MachineConfig,
         memory: GuestMemory,

@@ -126,6 +126,33 @@ fn the_file_cannot_shrink() {
 }
 
 #[test]
+fn memory_that_is_passed_is_the_same_memory() {
+    let here = GuestMemory::create(5 << 30, false).unwrap();
+    here.ram().write_obj(1_u64, GuestAddress(0x5000)).unwrap();
+    let there = GuestMemory::adopt(here.handle().unwrap(), 5 << 30, false).unwrap();
+    assert_eq!((there.regions(), there.leading_hole(run(0, 0, 100))), (here.regions(), 5));
+    let above = GuestAddress(MMIO_GAP_END.0 + 0x2000);
+    there.ram().write_obj(2_u64, above).unwrap();
+    let read = |memory: &GuestMemory, at| memory.ram().read_obj::<u64>(at).unwrap();
+    assert_eq!((read(&there, GuestAddress(0x5000)), read(&here, above)), (1, 2));
+    drop(here);
+    assert_eq!(read(&there, above), 2);
+}
+
+#[test]
+fn what_is_passed_must_be_the_guests_memory() {
+    let memory = GuestMemory::create(4 << 20, false).unwrap();
+    for (bytes, huge) in [(8 << 20, false), (2 << 20, false), (4 << 20, true)] {
+        let error = GuestMemory::adopt(memory.handle().unwrap(), bytes, huge).unwrap_err();
+        assert!(matches!(error, MemoryError::Adopt(_)), "{error}");
+    }
+    // One that cannot be written.
+    let path = format!("/proc/self/fd/{}", memory.file().as_raw_fd());
+    let error = GuestMemory::adopt(File::open(path).unwrap().into(), 4 << 20, false).unwrap_err();
+    assert!(matches!(error, MemoryError::Map { .. }), "{error}");
+}
+
+#[test]
 fn slots_come_and_go_with_their_owner() {
     let host = crate::kvm::KvmHost::open().unwrap();
     let vm = host.create_vm().unwrap();

@@ -2,14 +2,15 @@
 
 use super::offer::MachineOffer;
 use super::ownership::OwnershipError;
-use crate::config::{ConfigError, HostLimits, HostResources, MachineConfig};
+use crate::config::{ConfigError, HostLimits, HostResources, MachineConfig, Memory};
 use crate::cpuid::{self, GuestCpu};
 use crate::kvm::KvmHost;
 use crate::machine::{DiskLocks, EmptyMachine, Machine, MachineError, NoticeListener, Resources, SerialLine};
-use crate::memory::GuestMemory;
+use crate::memory::{GuestMemory, MemoryError};
 use migration::{Offer, RamRegion, Refusal, TargetHost, in_words};
 use saved::{SavedError, SavedState};
 use std::fmt;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use thiserror::Error;
 
@@ -40,6 +41,8 @@ enum Unsuited {
     Machine(#[from] MachineError),
     #[error(transparent)]
     Ownership(#[from] OwnershipError),
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
     #[error("The memory regions offered are not those of a machine with {bytes} bytes of memory")]
     Regions { bytes: u64 },
 }
@@ -94,7 +97,7 @@ impl Arriving {
         }
     }
 
-    fn build(&mut self, offer: &Offer<'_>) -> Result<(Stage, GuestMemory), Unsuited> {
+    fn build(&mut self, offer: &Offer<'_>, passed: Option<OwnedFd>) -> Result<(Stage, GuestMemory), Unsuited> {
         let MachineOffer { machine, cpu, running } = serde_json::from_slice(offer.machine)?;
         let config = machine.with_host_resources(&self.resources)?;
         config.validate()?;
@@ -102,19 +105,17 @@ impl Arriving {
         let supported = self.host.supported_cpuid().map_err(MachineError::from)?;
         cpuid::check_compatible(&cpu, supported, self.host.arch_capabilities()).map_err(Unsuited::Cpu)?;
         let resources = Resources::open(&config, DiskLocks::Leave).map_err(MachineError::from)?;
-        let bytes = config.memory.bytes;
-        let machine = EmptyMachine::new(
-            &self.host,
-            config.clone(),
-            resources,
-            Arc::clone(&self.line),
-            Arc::clone(&self.listener),
-        )?;
-        if machine.memory().regions() != offer.regions {
+        let Memory { bytes, huge_pages } = config.memory;
+        let memory = match passed {
+            Some(file) => GuestMemory::adopt(file, bytes, huge_pages)?,
+            None => GuestMemory::create(bytes, huge_pages)?,
+        };
+        if memory.regions() != offer.regions {
             return Err(Unsuited::Regions { bytes });
         }
         (self.prepared)(&config, offer)?;
-        let memory = machine.memory().clone();
+        let (line, listener) = (Arc::clone(&self.line), Arc::clone(&self.listener));
+        let machine = EmptyMachine::around(&self.host, config, memory.clone(), resources, line, listener)?;
         Ok((Stage::Empty { machine: Box::new(machine), cpu, running }, memory))
     }
 }
@@ -123,8 +124,8 @@ impl TargetHost for Arriving {
     type Error = ArriveError;
     type Memory = GuestMemory;
 
-    fn prepare(&mut self, offer: &Offer<'_>) -> Result<GuestMemory, Refusal> {
-        let (stage, memory) = self.build(offer).map_err(|error| Refusal::new(in_words(&error)))?;
+    fn prepare(&mut self, offer: &Offer<'_>, passed: Option<OwnedFd>) -> Result<GuestMemory, Refusal> {
+        let (stage, memory) = self.build(offer, passed).map_err(|error| Refusal::new(in_words(&error)))?;
         self.stage = stage;
         Ok(memory)
     }

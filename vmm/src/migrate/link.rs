@@ -6,11 +6,12 @@
 
 #![expect(unsafe_code, reason = "scatter and gather I/O on guest memory takes raw pointers")]
 
+use super::handle::{self, Came};
 use super::tcp;
 use migration::{Cutter, Link, LinkError};
 use std::io;
 use std::net::TcpStream;
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 use vm_memory::VolatileSlice;
@@ -161,6 +162,7 @@ fn buffer_of(slice: &VolatileSlice<'_>) -> libc::iovec {
 
 impl Link for SocketLink {
     type Cutter = SocketCutter;
+    type Handle = OwnedFd;
 
     fn cutter(&self) -> io::Result<SocketCutter> {
         Ok(SocketCutter { socket: self.socket.try_clone()? })
@@ -184,6 +186,30 @@ impl Link for SocketLink {
         // SAFETY: volatile slices are writable guest memory, borrowed for as long as this call, and nobody has Rust
         // references into it.
         unsafe { self.transfer(Direction::Receive, &mut buffers) }
+    }
+
+    fn carries_handles(&self) -> bool {
+        !self.tcp
+    }
+
+    fn send_handle(&mut self, handle: &OwnedFd) -> Result<(), LinkError> {
+        loop {
+            match handle::send(self.socket.as_fd(), handle.as_fd()) {
+                Ok(()) => return Ok(()),
+                Err(error) => self.after_error(Direction::Send, error)?,
+            }
+        }
+    }
+
+    fn receive_handle(&mut self) -> Result<Option<OwnedFd>, LinkError> {
+        loop {
+            match handle::receive(self.socket.as_fd()) {
+                Ok(Came::File(file)) => return Ok(Some(file)),
+                Ok(Came::NoFile) => return Ok(None),
+                Ok(Came::End) => return Err(LinkError::Closed),
+                Err(error) => self.after_error(Direction::Receive, error)?,
+            }
+        }
     }
 
     fn wait(&mut self, limit: Duration) -> Result<bool, LinkError> {
@@ -281,6 +307,23 @@ mod tests {
         let mut three = [0; 3];
         far.receive(&mut three).unwrap();
         assert_eq!(three, [7; 3]);
+    }
+
+    #[test]
+    fn unix_sockets_carry_handles() {
+        let (mut near, mut far) = unix_pair();
+        assert!(near.carries_handles() && !tcp_pair().0.carries_handles());
+        far.set_patience(Duration::from_millis(20));
+        assert!(matches!(far.receive_handle(), Err(LinkError::TimedOut { .. })));
+        near.send_handle(&std::fs::File::open("/dev/zero").unwrap().into()).unwrap();
+        assert!(far.receive_handle().unwrap().is_some());
+        near.send(b"x", &[]).unwrap();
+        assert!(far.receive_handle().unwrap().is_none());
+        drop(near);
+        assert!(matches!(far.receive_handle(), Err(LinkError::Closed)));
+        let (mut near, mut far) = tcp_pair();
+        near.send(b"x", &[]).unwrap();
+        assert!(far.receive_handle().unwrap().is_none());
     }
 
     #[test]

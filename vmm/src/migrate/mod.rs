@@ -3,6 +3,7 @@
 pub mod address;
 pub mod arriving;
 pub mod claims;
+mod handle;
 pub mod leaving;
 pub mod link;
 pub mod offer;

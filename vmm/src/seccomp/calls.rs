@@ -7,8 +7,8 @@ use libc::{
     SYS_accept4, SYS_access, SYS_bind, SYS_brk, SYS_chmod, SYS_clock_gettime, SYS_clock_nanosleep, SYS_clone,
     SYS_clone3, SYS_close, SYS_connect, SYS_dup, SYS_epoll_create1, SYS_epoll_ctl, SYS_epoll_pwait, SYS_epoll_wait,
     SYS_eventfd2, SYS_exit, SYS_exit_group, SYS_faccessat, SYS_fallocate, SYS_fchmod, SYS_fcntl, SYS_fdatasync,
-    SYS_flock, SYS_fstat, SYS_fsync, SYS_ftruncate, SYS_futex, SYS_getcwd, SYS_getdents64, SYS_getegid, SYS_geteuid,
-    SYS_getgid, SYS_getpeername, SYS_getpid, SYS_getrandom, SYS_getsockname, SYS_getsockopt, SYS_gettid,
+    SYS_flock, SYS_fstat, SYS_fstatfs, SYS_fsync, SYS_ftruncate, SYS_futex, SYS_getcwd, SYS_getdents64, SYS_getegid,
+    SYS_geteuid, SYS_getgid, SYS_getpeername, SYS_getpid, SYS_getrandom, SYS_getsockname, SYS_getsockopt, SYS_gettid,
     SYS_gettimeofday, SYS_getuid, SYS_ioctl, SYS_listen, SYS_lseek, SYS_lstat, SYS_madvise, SYS_membarrier,
     SYS_memfd_create, SYS_mkdir, SYS_mkdirat, SYS_mmap, SYS_mprotect, SYS_mremap, SYS_munmap, SYS_nanosleep,
     SYS_newfstatat, SYS_open, SYS_openat, SYS_poll, SYS_ppoll, SYS_prctl, SYS_pread64, SYS_preadv, SYS_prlimit64,
@@ -253,7 +253,7 @@ impl Permits {
         self.confined_threads()
             // The signal that kicks vCPUs; see `vcpu::kick`.
             .call_if(SYS_rt_sigaction, equal(0, libc::SIGRTMIN().unsigned_abs().into()))
-            .calls(&[SYS_memfd_create, SYS_timerfd_create, SYS_epoll_create1])
+            .calls(&[SYS_memfd_create, SYS_fstatfs, SYS_timerfd_create, SYS_epoll_create1])
             .call_if(SYS_socket, equal(0, libc::AF_UNIX.unsigned_abs().into()))
             .ioctls(&[libc::SIOCGIFINDEX, libc::SIOCGIFFLAGS, libc::SIOCSIFFLAGS])
             .ioctls(&[libc::TUNSETIFF, libc::TUNSETVNETHDRSZ, libc::TUNGETFEATURES])

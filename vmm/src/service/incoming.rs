@@ -21,6 +21,7 @@ use migration::{
     Arrival, Cutter, Fault, HostClock, Link, LinkError, Mode, Observer, Offer, Progress, RamRegion, Reception, Refusal,
     TargetHost, Unobserved, in_words, target,
 };
+use std::os::fd::OwnedFd;
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -60,7 +61,7 @@ impl Desk {
     }
 
     /// Serves one link, with whatever links come to it.
-    fn receive<H: TargetHost>(
+    fn receive<H: TargetHost<Memory = GuestMemory>>(
         &self,
         link: &mut SocketLink,
         host: &mut H,
@@ -250,7 +251,7 @@ impl TargetHost for Occupied {
     type Error = std::io::Error;
     type Memory = GuestMemory;
 
-    fn prepare(&mut self, _: &Offer<'_>) -> Result<GuestMemory, Refusal> {
+    fn prepare(&mut self, _: &Offer<'_>, _: Option<OwnedFd>) -> Result<GuestMemory, Refusal> {
         Err(Refusal::new("A guest runs in this Godwit already; start another `godwit receive`"))
     }
 

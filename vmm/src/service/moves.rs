@@ -9,7 +9,8 @@ use super::{Ended, Holding, Message, Service};
 use crate::machine::Machine;
 use crate::migrate::leaving::Leaving;
 use control::{
-    ApiError, JobId, JobStarted, MigrationRole, MigrationState, MigrationStep, Phase, Reply, StartMigration,
+    ApiError, JobId, JobStarted, MemoryPolicy, MigrationRole, MigrationState, MigrationStep, PeerAddress, Phase, Reply,
+    StartMigration,
 };
 use migration::wire::FrameError;
 use migration::{Failed, HostClock, InDoubt, Outcome, SourceError, in_words};
@@ -20,6 +21,7 @@ const ASK_EVERY: Duration = Duration::from_secs(2);
 
 impl Service {
     pub(super) fn start_migration(&mut self, request: &StartMigration) -> Result<Reply, ApiError> {
+        check_memory_policy(request)?;
         let job = JobId::random().map_err(|error| ApiError::failed(&error))?;
         self.end_measurement("A migration was started");
         let Holding::Here(machine) = std::mem::replace(&mut self.holding, Holding::Asking) else {
@@ -109,6 +111,19 @@ impl Service {
         let settled = Departure::Decided(Box::new(doubt.settle(owner, &HostClock::new())));
         let _ = self.inbox.0.send(Message::Left(settled));
         Ok(Reply::Done)
+    }
+}
+
+/// Refuses to pass memory where no handle to it can go.
+fn check_memory_policy(StartMigration { to, memory, .. }: &StartMigration) -> Result<(), ApiError> {
+    match (memory, to) {
+        (MemoryPolicy::Pass, PeerAddress::Tcp { .. }) => {
+            let reason = format!(
+                "memory is passed over a Unix socket between two processes of one host, not to {to}; let it be copied"
+            );
+            Err(ApiError::InvalidValue { field: "memory", reason })
+        }
+        (MemoryPolicy::Auto | MemoryPolicy::Copy | MemoryPolicy::Pass, _) => Ok(()),
     }
 }
 

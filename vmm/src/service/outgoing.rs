@@ -12,8 +12,8 @@ use crate::seccomp::{self, ThreadKind};
 use control::{JobId, MigrationMode, PeerAddress, StartMigration};
 use migration::codec::block::{Packing, ZstdLevel};
 use migration::{
-    CancelToken, Codecs, Cutter, Further, Goal, HostClock, InDoubt, Link, LinkError, Mode, Outcome, Plan, Surroundings,
-    Unreachable, source,
+    CancelToken, Codecs, Cutter, Further, Goal, HostClock, InDoubt, Link, LinkError, MemoryPolicy, Mode, Outcome, Plan,
+    Surroundings, Unreachable, source,
 };
 use std::io;
 use std::sync::mpsc::Sender;
@@ -168,8 +168,14 @@ fn plan(request: &StartMigration, job: JobId) -> Plan {
         MigrationMode::Live => Mode::Live,
         MigrationMode::Stop => Mode::Stop,
     };
+    let memory = match request.memory {
+        control::MemoryPolicy::Auto => MemoryPolicy::Auto,
+        control::MemoryPolicy::Copy => MemoryPolicy::Copy,
+        control::MemoryPolicy::Pass => MemoryPolicy::Pass,
+    };
     Plan {
         verify: request.verify,
+        memory,
         goal: Goal {
             max_downtime: request.max_downtime(),
             max_rounds: request.max_rounds.get(),

@@ -3,10 +3,10 @@
 use super::board::Board;
 use crate::layout::PAGE_SIZE;
 use control::{
-    Happening, JobId, MigrationMode, MigrationRole, MigrationState, MigrationStatus, MigrationStep, PeerAddress,
-    Progress, RoundInfo, RoundKinds, StepInfo, SwitchReason, TargetPart,
+    Happening, JobId, MemoryTransfer, MigrationMode, MigrationRole, MigrationState, MigrationStatus, MigrationStep,
+    PeerAddress, Progress, RoundInfo, RoundKinds, StepInfo, SwitchReason, TargetPart,
 };
-use migration::{Moved, Observer, PageCounts, Phase, PhaseReport, Report, RoundReport};
+use migration::{Moved, Observer, PageCounts, Phase, PhaseReport, Report, RoundReport, Transfer};
 use std::time::{Duration, Instant};
 
 /// The least time between two events of progress.
@@ -99,6 +99,13 @@ fn switch_reason(reason: migration::SwitchReason) -> SwitchReason {
     }
 }
 
+fn memory_transfer(transfer: Transfer) -> MemoryTransfer {
+    match transfer {
+        Transfer::Copied => MemoryTransfer::Copied,
+        Transfer::Passed => MemoryTransfer::Passed,
+    }
+}
+
 fn target_part(part: migration::TargetPart) -> TargetPart {
     let migration::TargetPart { restore_ms, start_ms } = part;
     TargetPart { restore_ms: millis(restore_ms), start_ms: millis(start_ms) }
@@ -138,6 +145,7 @@ pub(crate) fn begun(
         role,
         peer,
         mode,
+        memory: None,
         state: MigrationState::Active,
         progress: Progress {
             step,
@@ -174,6 +182,7 @@ fn complete(status: &mut MigrationStatus, report: &Report) {
         session: _,
         vm: _,
         mode: _,
+        transfer,
         ending: _,
         rounds,
         bytes,
@@ -187,6 +196,7 @@ fn complete(status: &mut MigrationStatus, report: &Report) {
         phases,
     } = report;
     status.state = MigrationState::Completed;
+    status.memory = Some(memory_transfer(*transfer));
     status.progress = Progress {
         step: MigrationStep::Ended,
         round: rounds.last().map_or(0, |round| round.round),
@@ -242,6 +252,7 @@ mod tests {
             session: Uuid::from_u128(1),
             vm: Uuid::from_u128(2),
             mode: Mode::Live,
+            transfer: Transfer::Copied,
             ending: Ending::HandedOver,
             rounds: vec![
                 round,
@@ -270,7 +281,7 @@ mod tests {
         post_report(&target, &report(Role::Target));
         let target = target.migration().unwrap();
         assert_eq!(MigrationStatus { role: MigrationRole::Source, ..target }, source);
-        assert_eq!(source.state, MigrationState::Completed);
+        assert_eq!((source.state, source.memory), (MigrationState::Completed, Some(MemoryTransfer::Copied)));
         assert_eq!((source.progress.round, source.progress.pages_sent, source.progress.zero_pages), (2, 11, 4));
         assert_eq!((source.progress.bytes_sent, source.progress.bytes_per_second), (29_000, 14_000_000));
         assert_eq!((source.total_ms, source.downtime_ms), (millis(4.25), Some(millis(2.0))));

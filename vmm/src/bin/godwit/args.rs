@@ -1,6 +1,6 @@
 //! The command line, as clap reads it, and the machine that its options describe.
 
-use crate::values::{Settings, period, size};
+use crate::values::{MemoryArg, Settings, period, size};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use control::{Codecs, Owner, PeerAddress, Streams};
 use std::num::NonZeroU32;
@@ -193,6 +193,9 @@ pub(crate) struct Migrate {
     /// Give up after this many seconds; the guest stays here
     #[arg(long, value_name = "SECONDS")]
     pub(crate) timeout: Option<NonZeroU32>,
+    /// How memory gets to the target
+    #[arg(long, value_enum, default_value = "auto")]
+    pub(crate) memory: MemoryArg,
     /// Move memory over so many connections, 1 to 64
     #[arg(long, default_value = "1", value_name = "N")]
     pub(crate) streams: Streams,

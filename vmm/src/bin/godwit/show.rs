@@ -1,8 +1,8 @@
 //! Answers for people: short lines, with units; and for programs: JSON.
 
 use control::{
-    BalloonInfo, DirtyRate, DiskCounters, DiskInfo, DiskList, MeasurementCost, MemorySample, MigrationStatus,
-    NicCounters, NicInfo, NicList, RoundInfo, StepInfo, TargetPart, VmInfo,
+    BalloonInfo, DirtyRate, DiskCounters, DiskInfo, DiskList, MeasurementCost, MemorySample, MemoryTransfer,
+    MigrationStatus, NicCounters, NicInfo, NicList, RoundInfo, StepInfo, TargetPart, VmInfo,
 };
 use indicatif::HumanBytes;
 use serde::Serialize;
@@ -29,18 +29,26 @@ fn list(names: &[String]) -> String {
 
 /// A migration that has just ended: the one line that matters, and where the time went.
 pub(crate) fn ended_migration(migration: &MigrationStatus) {
-    let MigrationStatus { mode, state, progress, rounds, total_ms, downtime_ms, error, .. } = migration;
+    let MigrationStatus { mode, state, progress, total_ms, downtime_ms, error, .. } = migration;
     let (mode, state, bytes) = (word(mode), word(state), HumanBytes(progress.bytes_sent));
-    let rounds = rounds.len();
+    let way = way(migration);
     match downtime_ms {
         Some(downtime) => {
-            println!("{mode} migration {state}: {rounds} rounds, {bytes}, {total_ms}, downtime {downtime}");
+            println!("{mode} migration {state}: {way}, {bytes}, {total_ms}, downtime {downtime}");
             details(migration);
         }
-        None => println!("{mode} migration {state} after {rounds} rounds, {bytes}, {total_ms}"),
+        None => println!("{mode} migration {state} after {way}, {bytes}, {total_ms}"),
     }
     if let Some(error) = error {
         eprintln!("godwit: {error}");
+    }
+}
+
+/// How memory went.
+fn way(migration: &MigrationStatus) -> String {
+    match migration.memory {
+        Some(MemoryTransfer::Passed) => "memory passed".to_owned(),
+        Some(MemoryTransfer::Copied) | None => format!("{} rounds", migration.rounds.len()),
     }
 }
 
@@ -48,7 +56,7 @@ pub(crate) fn ended_migration(migration: &MigrationStatus) {
 pub(crate) fn migration(migration: &MigrationStatus) {
     let MigrationStatus { peer, mode, state, progress, rounds, downtime_ms, total_ms, error, .. } = migration;
     println!("last migration: {} with {peer}, {}", word(mode), word(state));
-    println!("  moved      {} in {} rounds, {total_ms}", HumanBytes(progress.bytes_sent), rounds.len());
+    println!("  moved      {}, {}, {total_ms}", HumanBytes(progress.bytes_sent), way(migration));
     if let Some(downtime) = downtime_ms {
         println!("  downtime   {downtime}");
     }

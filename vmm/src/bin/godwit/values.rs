@@ -1,6 +1,7 @@
-//! Values on the command line: sizes and times with a unit, and `key=value,…` lists.
+//! Values on the command line: sizes and times with a unit, ways of memory, and `key=value,…` lists.
 
-use control::MeasureDirtyRate;
+use clap::ValueEnum;
+use control::{MeasureDirtyRate, MemoryPolicy};
 use std::collections::BTreeMap;
 
 /// Reads a size such as `512M`, `2GiB` or `1048576`, in bytes. Units are powers of 1024: K, M, G, T.
@@ -77,6 +78,27 @@ impl Settings {
         match self.values.keys().next() {
             None => Ok(()),
             Some(key) => Err(format!("{} does not know {key:?}; it takes {known}", self.option)),
+        }
+    }
+}
+
+/// A way of memory on the command line.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub(crate) enum MemoryArg {
+    /// Pass it if the target is at a Unix socket on this host, else copy it
+    Auto,
+    /// Send its content
+    Copy,
+    /// Pass the memory itself, without sending any of it, to another process of this host
+    Pass,
+}
+
+impl From<MemoryArg> for MemoryPolicy {
+    fn from(memory: MemoryArg) -> Self {
+        match memory {
+            MemoryArg::Auto => Self::Auto,
+            MemoryArg::Copy => Self::Copy,
+            MemoryArg::Pass => Self::Pass,
         }
     }
 }

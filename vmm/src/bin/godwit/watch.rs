@@ -78,6 +78,7 @@ pub(crate) fn migrate(migrate: &Migrate) -> anyhow::Result<u8> {
         max_rounds: migrate.max_rounds,
         timeout_s: migrate.timeout,
         verify: migrate.verify,
+        memory: migrate.memory.into(),
         streams: migrate.streams,
         congestion: migrate.congestion.clone(),
         codec: migrate.codec,
