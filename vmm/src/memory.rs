@@ -1,8 +1,9 @@
 //! The guest's RAM: one memfd, mapped as one region, or two around the MMIO gap, and shown to KVM as one slot each.
 //!
-//! The machine creates it once, or takes it over from another process of this host (`adopted`); `boot` and the devices reach it as [`GuestRam`], migration by [`GuestMemory::slice`] in
-//! whole pages of one region. Invariants: region `n` is KVM slot `n` and `RegionId(n)`, ascending by address; the memfd
-//! holds the regions one after the other and never shrinks; a slot never outlives its mapping ([`Slots`]).
+//! The machine creates it once, or takes it over from another process of this host (`adopted`). `boot` and the devices
+//! reach it as [`GuestRam`], migration by [`GuestMemory::slice`] in whole pages of one region. Invariants: region `n` is
+//! KVM slot `n` and `RegionId(n)`, ascending by address; the memfd holds the regions one after the other and never
+//! shrinks; a slot never outlives its mapping ([`Slots`]).
 
 #![expect(unsafe_code, reason = "memfd, madvise and KVM slots take raw descriptors and addresses")]
 
