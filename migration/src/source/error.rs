@@ -43,11 +43,14 @@ pub enum SourceError {
         reason: String,
     },
     /// The guest's memory was to be passed, over a link that cannot.
-    #[error("Memory is passed over a Unix socket between two processes of one host, and here is none; copy it")]
+    #[error(
+        "Memory is passed over a Unix socket between two processes of one host, and here is none; copy it (--memory copy)"
+    )]
     NotPassable,
     /// The guest's memory was passed and did not arrive.
     #[error(
-        "The guest's memory was passed and did not arrive, as where something forwards the socket to another host; copy it"
+        "The guest's memory was passed and did not arrive, as where something forwards the socket to another host; copy it \
+         (--memory copy)"
     )]
     NotPassed,
     /// The target says that it has got memory that was not passed.
