@@ -47,14 +47,13 @@ fn memory_that_is_passed_can_be_verified() {
 #[test]
 fn a_passed_guest_keeps_no_dirty_log() {
     let world = World::new();
-    let guest = FakeGuest { fails: Some("record_given_away"), ..FakeGuest::new(&world) };
-    let (mut host, claims) = (FakeHost::new(&world), MemoryClaims::default());
-    let attempt = migrate(guest, &mut host, &claims, &passing(Mode::Live), Weather::default());
+    let (mut host, claims) = (FakeHost { fails: Some("restore"), ..FakeHost::new(&world) }, MemoryClaims::default());
+    let attempt = migrate(FakeGuest::new(&world), &mut host, &claims, &passing(Mode::Live), Weather::default());
     let Outcome::StillOurs(failed) = attempt.outcome else { panic!("{:?}", attempt.outcome) };
     let mut calls = failed.guest.calls;
     calls.dedup();
-    let there = ["pause", "save", "release", "record_given_away"];
-    let back = ["record_kept", "reacquire", "resume"];
+    let there = ["record_given_away", "pause", "save", "release"];
+    let back = ["reacquire", "resume", "record_kept"];
     assert_eq!(calls, [there.as_slice(), back.as_slice()].concat());
 }
 

@@ -104,7 +104,7 @@ fn silence_in_the_middle_of_a_frame_ends() {
     }
 }
 
-/// Runs a source against a target that sends these frames, whatever comes.
+/// Runs a source against a target that sends these frames once the source has said something, whatever that is.
 fn to_source(answers: &[Vec<u8>]) -> Outcome<FakeGuest> {
     let world = World::new();
     let cancel = CancelToken::new();
@@ -112,6 +112,7 @@ fn to_source(answers: &[Vec<u8>]) -> Outcome<FakeGuest> {
     let answers = answers.to_vec();
     std::thread::scope(|scope| {
         scope.spawn(move || {
+            far.wait(PATIENCE).unwrap();
             for answer in answers {
                 far.send(&answer, &[]).unwrap();
             }
