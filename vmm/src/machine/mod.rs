@@ -250,6 +250,21 @@ impl Machine {
         Ok(())
     }
 
+    /// Takes a share of its time away from each vCPU from now on; see [`Vcpus::throttle`]. A machine that takes the place
+    /// of this one, here or elsewhere, is not throttled.
+    ///
+    /// # Errors
+    /// [`MachineError`] if there is not one share for each vCPU, or the host has no thread for it.
+    pub fn throttle(&self, shares: &[f64]) -> Result<(), MachineError> {
+        Ok(self.vcpus.throttle(shares)?)
+    }
+
+    /// How much time each vCPU lost so far by [`throttle`](Self::throttle).
+    #[must_use]
+    pub fn time_taken(&self) -> Vec<Duration> {
+        self.vcpus.time_taken()
+    }
+
     /// The state of everything but memory. The machine stands.
     ///
     /// # Errors

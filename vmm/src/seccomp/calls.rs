@@ -213,6 +213,10 @@ impl Permits {
         Self::of_any_thread().plain_mappings().clients().calls(&[SYS_eventfd2, SYS_lseek]).calls(&file)
     }
 
+    pub(super) fn throttle() -> Self {
+        Self::of_any_thread().plain_mappings()
+    }
+
     pub(super) fn signals() -> Self {
         Self::of_any_thread().plain_mappings().calls(&[SYS_recvfrom, SYS_recvmsg])
     }

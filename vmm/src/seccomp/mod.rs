@@ -11,6 +11,7 @@
 //! | `worker` | epoll; disk reads, writes, holes; frames; vhost, tap offloads, timers | devices |
 //! | `console` | epoll; accept and hear clients; remove its socket; terminal modes | the serial line's other end |
 //! | `api` | epoll; accept and talk on sockets; start its helper threads | the HTTP server |
+//! | `throttle` | nothing more | sends vCPUs to nap by a signal |
 //! | `migrate-source` | all of `vcpu`, `worker` and `console`; any KVM call; dial, ask for a name's address; files; threads | leads a machine, writes the ownership record |
 //! | `migrate-target` | the same but for dialling; accept; make a VM, memory, taps and threads | builds a machine |
 //! | `migrate-stream` | talk on sockets; accept; find holes in memory; threads | one stream of a migration; the door that they come through |
@@ -82,6 +83,8 @@ pub enum ThreadKind {
     Worker,
     /// Hears what is typed at the serial console.
     Console,
+    /// Sends vCPUs to nap.
+    Throttle,
     /// Serves the control API; its helper threads inherit the filter.
     Api,
     /// Moves a guest away, or asks whose it is.
@@ -97,10 +100,11 @@ pub enum ThreadKind {
 }
 
 impl ThreadKind {
-    const ALL: [Self; 9] = [
+    const ALL: [Self; 10] = [
         Self::Vcpu,
         Self::Worker,
         Self::Console,
+        Self::Throttle,
         Self::Api,
         Self::MigrateSource,
         Self::MigrateTarget,
@@ -114,6 +118,7 @@ impl ThreadKind {
             Self::Vcpu => Permits::vcpu(),
             Self::Worker => Permits::worker(),
             Self::Console => Permits::console(),
+            Self::Throttle => Permits::throttle(),
             Self::Api => Permits::api(),
             Self::MigrateSource => Permits::migrate_source(),
             Self::MigrateTarget => Permits::migrate_target(),
@@ -126,7 +131,7 @@ impl ThreadKind {
     /// What is declined with ENOSYS rather than forbidden.
     fn declines(self) -> Option<Permits> {
         match self {
-            Self::Vcpu | Self::Worker | Self::Console | Self::Signals => None,
+            Self::Vcpu | Self::Worker | Self::Console | Self::Throttle | Self::Signals => None,
             Self::Api | Self::MigrateStream => Some(Permits::unseen_clones()),
             Self::MigrateSource | Self::MigrateTarget | Self::Service => {
                 Some(Permits::unseen_clones().and(Permits::executable_mappings()))

@@ -1,12 +1,14 @@
 //! What the filters answer, asked of an interpreter of their programs, and what a forbidden call does to a process.
 
 use super::*;
+use crate::vcpu::test_guest::{COUNT, LONG, TestGuest};
 use libc::{
     BPF_ABS, BPF_ALU, BPF_AND, BPF_JA, BPF_JEQ, BPF_JGE, BPF_JGT, BPF_JMP, BPF_K, BPF_LD, BPF_RET, BPF_W, SYS_clone,
     SYS_clone3, SYS_execve, SYS_futex, SYS_ioctl, SYS_kill, SYS_mmap, SYS_openat, SYS_sendto, SYS_socket, SYS_tgkill,
     SYS_write,
 };
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 /// The kernel takes no longer programs (`BPF_MAXINSNS`, linux/bpf_common.h).
 const LONGEST: usize = 4096;
@@ -108,6 +110,7 @@ fn arguments_decide() {
     assert!(!permits(MigrateTarget, SYS_socket, first(2)));
     assert!(permits(Service, SYS_clone, first(THREAD | 0x100)));
     assert!(permits(MigrateSource, SYS_clone, first(THREAD)));
+    assert!(!permits(Vcpu, SYS_clone, first(THREAD)));
     for kind in [MigrateSource, MigrateStream, Service] {
         assert!(!permits(kind, SYS_clone, first(THREAD | NAMESPACE_OF_USERS)), "{kind:?} opens namespaces");
     }
@@ -129,13 +132,13 @@ fn what_libraries_do_without_is_declined() {
 /// A thread has its parent's filter too: what a kind permits, those that start threads of this kind must permit.
 #[test]
 fn parents_permit_what_their_children_do() {
-    use ThreadKind::{Console, MigrateSource, MigrateStream, MigrateTarget, Service, Vcpu, Worker};
+    use ThreadKind::{Console, MigrateSource, MigrateStream, MigrateTarget, Service, Throttle, Vcpu, Worker};
     let heirs = [
         (Service, [Vcpu, Worker, MigrateSource].as_slice()),
         (MigrateTarget, &[Vcpu, Worker, MigrateStream]),
-        (MigrateSource, &[MigrateStream]),
+        (MigrateSource, &[MigrateStream, Throttle]),
         // The console's pump runs on its own thread from the start; whoever drops the line does its work.
-        (Service, &[Console]),
+        (Service, &[Console, Throttle]),
     ];
     let words = [0, 1, 2, 3, 6, 10, 15, 16, 38, 0x5401, 0x5402, 0x5413, 0x5421, 0x4004_54d0, THREAD, 0x5356_4d41];
     let ioctls = (0..=0xff).flat_map(|number| [0xae00 | number, 0xaf00 | number]);
@@ -222,6 +225,35 @@ fn child_that_fills_and_empties_its_heaps() {
 fn the_heap_asks_for_nothing_forbidden() {
     for kind in ThreadKind::ALL {
         let child = run_in_child("child_that_fills_and_empties_its_heaps", kind);
+        let words = String::from_utf8_lossy(&child.stderr);
+        assert!(child.status.success(), "{kind:?}: {} {words}", child.status);
+    }
+}
+
+/// Run by the next test in a process of its own; alone it does nothing.
+#[test]
+fn child_that_throttles_its_guest() {
+    let Some(kind) = kind_of_child() else { return };
+    let guest = TestGuest::with(COUNT, 2);
+    let mover = std::thread::spawn(move || {
+        enter(kind);
+        guest.vcpus.run();
+        guest.vcpus.throttle(&[0.5, 0.9]).unwrap();
+        let begun = Instant::now();
+        while guest.vcpus.time_taken().iter().any(|taken| *taken < Duration::from_millis(20)) {
+            assert!(begun.elapsed() < LONG, "nothing is taken away");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        guest.vcpus.throttle(&[0.0; 2]).unwrap();
+        guest.vcpus.park(LONG).unwrap();
+    });
+    mover.join().unwrap();
+}
+
+#[test]
+fn who_leads_a_machine_may_throttle_its_vcpus() {
+    for kind in [ThreadKind::MigrateSource, ThreadKind::Service] {
+        let child = run_in_child("child_that_throttles_its_guest", kind);
         let words = String::from_utf8_lossy(&child.stderr);
         assert!(child.status.success(), "{kind:?}: {} {words}", child.status);
     }

@@ -1,7 +1,7 @@
 //! The vCPUs of one guest: a thread each, led together.
 //!
-//! The machine spawns them standing, lets them run, parks them for a pause or a move, saves and restores their state in
-//! parallel, and ends them. Parking returns only when each vCPU has left KVM_RUN with no instruction half done and its
+//! The machine spawns them standing, lets them run, throttles them, parks them for a pause or a move, saves and restores
+//! their state in parallel, and ends them. Parking returns only when each vCPU has left KVM_RUN with no instruction half done and its
 //! thread sleeps: from then on nothing but devices and the VMM writes guest memory.
 
 mod crew;
@@ -14,13 +14,15 @@ pub(crate) mod test_guest;
 #[cfg(test)]
 mod tests;
 mod thread;
+mod throttle;
 
 pub use crew::Crew;
 pub use end::{GuestEnd, KvmFailure};
+pub use throttle::{MOST_SHARE, PERIOD as THROTTLE_PERIOD};
 
 use crate::state::{Facts, TscStart, VcpuSavedV1, VcpuStateError, restore_vcpu, save_vcpu};
 use crew::Seat;
-use desk::{Desk, Stance};
+use desk::{Desk, NapOrder, Stance};
 use devices::Bus;
 use kick::ImmediateExit;
 use kvm_ioctls::VcpuFd;
@@ -32,6 +34,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use thiserror::Error;
 use thread::VcpuThread;
+use throttle::Throttle;
 use vmm_sys_util::errno;
 
 /// The address spaces in which the guest reaches devices.
@@ -105,6 +108,17 @@ pub enum VcpuError {
         /// Number here.
         here: usize,
     },
+    /// Another number of shares than vCPUs.
+    #[error("{given} shares were given to throttle {vcpus} vCPUs")]
+    Shares {
+        /// How many shares.
+        given: usize,
+        /// How many vCPUs.
+        vcpus: usize,
+    },
+    /// The thread that throttles vCPUs could not be started.
+    #[error("The thread that throttles vCPUs could not be started")]
+    Throttle(#[source] io::Error),
     /// A vCPU's state could not be read or written.
     #[error("The state of vCPU {vcpu} could not be saved or restored")]
     State {
@@ -123,10 +137,30 @@ struct Member {
     thread: JoinHandle<()>,
 }
 
+impl Member {
+    /// Sends the vCPU to nap for `nap`, if it runs and has run for `run` since its last nap. When it will next have.
+    fn nap(&self, nap: Duration, run: Duration) -> Instant {
+        match self.desk.wish_to_nap(nap, run) {
+            NapOrder::Given => {
+                kick::signal(&self.thread);
+                Instant::now() + nap + run
+            }
+            NapOrder::TooEarly(due) => due,
+            NapOrder::NotRunning => Instant::now() + nap + run,
+        }
+    }
+}
+
+/// The vCPUs in the order of their numbers. Dropping them ends them.
+#[derive(Debug)]
+struct Members(Vec<Member>);
+
 /// All vCPUs of a guest. Dropping it ends them.
 #[derive(Debug)]
 pub struct Vcpus {
-    members: Vec<Member>,
+    // Dropped before the members, which it shares.
+    throttle: Throttle,
+    members: Arc<Members>,
 }
 
 impl Vcpus {
@@ -141,7 +175,7 @@ impl Vcpus {
         events: &Arc<dyn VcpuEvents>,
     ) -> Result<Self, VcpuError> {
         let count = vcpus.len();
-        let mut all = Self { members: Vec::with_capacity(count) };
+        let mut all = Members(Vec::with_capacity(count));
         for (index, vcpu) in vcpus.into_iter().enumerate() {
             let id = u8::try_from(index).map_err(|_| VcpuError::TooMany { count })?;
             let immediate_exit = ImmediateExit::of(&vcpu).map_err(|source| VcpuError::Spawn { vcpu: id, source })?;
@@ -149,21 +183,21 @@ impl Vcpus {
             let (buses, events) = (Arc::clone(buses), Arc::clone(events));
             let Seat { thread, work } = crew.next_seat().ok_or(VcpuError::Gone { vcpu: id })?;
             let vcpu = VcpuThread { id, vcpu, desk: Arc::clone(&desk), buses, events };
-            all.members.push(Member { id, desk, thread });
+            all.0.push(Member { id, desk, thread });
             work.send(vcpu).map_err(|_| VcpuError::Gone { vcpu: id })?;
         }
-        Ok(all)
+        Ok(Self { throttle: Throttle::default(), members: Arc::new(all) })
     }
 
     /// How many there are.
     #[must_use]
     pub fn count(&self) -> usize {
-        self.members.len()
+        self.members.0.len()
     }
 
     /// Lets all vCPUs run. One on which the guest ended stays where it is until it is restored.
     pub fn run(&self) {
-        for member in &self.members {
+        for member in &self.members.0 {
             member.desk.wish_to_run();
         }
     }
@@ -175,11 +209,11 @@ impl Vcpus {
     /// [`VcpuError::Gone`] if a thread is over.
     pub fn park(&self, within: Duration) -> Result<(), VcpuError> {
         let deadline = Instant::now() + within;
-        for member in &self.members {
+        for member in &self.members.0 {
             member.desk.wish_to_stand();
             kick::signal(&member.thread);
         }
-        for member in &self.members {
+        for member in &self.members.0 {
             match member.desk.await_stance(deadline) {
                 Stance::Standing | Stance::Ended => {}
                 Stance::Gone => return Err(VcpuError::Gone { vcpu: member.id }),
@@ -190,6 +224,26 @@ impl Vcpus {
             }
         }
         Ok(())
+    }
+
+    /// Takes a share of its time away from each vCPU from now on, in naps of a fraction of [`THROTTLE_PERIOD`]: 0 takes
+    /// nothing, [`MOST_SHARE`] the most. Parking does not wait for naps, and vCPUs that run again are throttled as before.
+    /// An interrupt for a napping vCPU waits for the nap's end.
+    ///
+    /// # Errors
+    /// [`VcpuError::Shares`] if there is not one for each vCPU, [`VcpuError::Throttle`] if the host has no thread for it;
+    /// all is as before then.
+    pub fn throttle(&self, shares: &[f64]) -> Result<(), VcpuError> {
+        if shares.len() != self.count() {
+            return Err(VcpuError::Shares { given: shares.len(), vcpus: self.count() });
+        }
+        self.throttle.set(&self.members, shares).map_err(VcpuError::Throttle)
+    }
+
+    /// How long each vCPU has napped by [`throttle`](Self::throttle) so far. Of a vCPU that was idle it counts too.
+    #[must_use]
+    pub fn time_taken(&self) -> Vec<Duration> {
+        self.members.0.iter().map(|member| member.desk.napped()).collect()
     }
 
     /// Reads the state of all vCPUs, each in its own thread. They must be parked.
@@ -220,7 +274,7 @@ impl Vcpus {
             let (facts, start) = (Arc::clone(facts), start);
             move |vcpu: &mut VcpuFd| saved.map_or(Ok(()), |saved| restore_vcpu(vcpu, &saved, start, &facts))
         })?;
-        for member in &self.members {
+        for member in &self.members.0 {
             member.desk.revive();
         }
         Ok(())
@@ -234,7 +288,7 @@ impl Vcpus {
         &self,
         work: impl FnOnce(&mut VcpuFd) -> T + Send + 'static,
     ) -> Result<T, VcpuError> {
-        let Some(member) = self.members.first() else { return Err(VcpuError::Gone { vcpu: 0 }) };
+        let Some(member) = self.members.0.first() else { return Err(VcpuError::Gone { vcpu: 0 }) };
         await_answer(member, &ask(member, work)?)
     }
 
@@ -245,7 +299,7 @@ impl Vcpus {
 
     /// Where the guest's TSCs go on, found out on vCPU 0 for all of them.
     fn tsc_start(&self, saved: &[VcpuSavedV1], facts: &Arc<Facts>) -> Result<Option<TscStart>, VcpuError> {
-        let Some(leader) = self.members.first() else { return Ok(None) };
+        let Some(leader) = self.members.0.first() else { return Ok(None) };
         let tscs: Vec<_> = saved.iter().map(|vcpu| vcpu.tsc).collect();
         let facts = Arc::clone(facts);
         self.on_boot_vcpu(move |vcpu| TscStart::find(vcpu, &tscs, &facts))?
@@ -259,11 +313,13 @@ impl Vcpus {
         T: Send + 'static,
         W: FnOnce(&mut VcpuFd) -> Result<T, VcpuStateError> + Send + 'static,
     {
-        let asked: Vec<_> = self.members.iter().map(|member| ask(member, make(member.id))).collect::<Result<_, _>>()?;
+        let asked: Vec<_> =
+            self.members.0.iter().map(|member| ask(member, make(member.id))).collect::<Result<_, _>>()?;
         // All answers are awaited before the first error is passed on, so that no thread is still at work then.
         let answers: Vec<_> =
-            self.members.iter().zip(&asked).map(|(member, answer)| await_answer(member, answer)).collect();
+            self.members.0.iter().zip(&asked).map(|(member, answer)| await_answer(member, answer)).collect();
         self.members
+            .0
             .iter()
             .zip(answers)
             .map(|(member, answer)| answer?.map_err(|source| VcpuError::State { vcpu: member.id, source }))
@@ -292,13 +348,13 @@ fn await_answer<T>(member: &Member, awaited: &mpsc::Receiver<T>) -> Result<T, Vc
     awaited.recv().map_err(|_| VcpuError::Gone { vcpu: member.id })
 }
 
-impl Drop for Vcpus {
+impl Drop for Members {
     fn drop(&mut self) {
-        for member in &self.members {
+        for member in &self.0 {
             member.desk.wish_to_end();
             kick::signal(&member.thread);
         }
-        for Member { id, desk: _, thread } in self.members.drain(..) {
+        for Member { id, desk: _, thread } in self.0.drain(..) {
             if thread.join().is_err() {
                 tracing::error!(vcpu = id, "A vCPU thread had panicked");
             }
