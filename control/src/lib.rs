@@ -34,8 +34,8 @@ pub use event::{EndReason, Event, Events, Happening};
 pub use identity::{NoRandomness, random_uuid};
 pub use metrics::{Family, Label, MetricKind, MetricName, Metrics, Sample, Value};
 pub use migration::{
-    JobId, LastMigration, MigrationMode, MigrationRole, MigrationState, MigrationStatus, MigrationStep, Progress,
-    RoundInfo, RoundKinds, StepInfo, SwitchReason, TargetPart,
+    GuestCost, JobId, LastMigration, MigrationMode, MigrationRole, MigrationState, MigrationStatus, MigrationStep,
+    Progress, RoundInfo, RoundKinds, StepInfo, SwitchReason, TargetPart,
 };
 pub use millis::Millis;
 pub use openapi::OPENAPI;
@@ -44,7 +44,7 @@ pub use reply::{
     BalloonInfo, DirtyTrackerKind, DiskCounters, DiskInfo, DiskList, JobStarted, NicBackend, NicCounters, NicInfo,
     NicList, Pulsed, Reply, VmInfo,
 };
-pub use request::{Owner, Pulse, Request, ResolveMigration, SetBalloon, StartMigration, Stop};
+pub use request::{OnStall, Owner, Pulse, Request, ResolveMigration, SetBalloon, StartMigration, Stop};
 pub use server::{Handler, Limits, Server, ServerError, ServerOptions};
 pub use socket::{ControlSocket, SOCKET_PATH_MAX, SocketError};
 pub use transfer::{Codecs, CodecsError, MemoryPolicy, MemoryTransfer, Packing, Streams, StreamsError};

@@ -105,6 +105,9 @@ pub struct Progress {
     pub remaining_bytes: u64,
     /// How fast the link takes bytes, lately.
     pub bytes_per_second: u64,
+    /// How much of its time is taken from the guest, so that it dirties its memory more slowly. Absent while nothing is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub throttled_percent: Option<u8>,
     /// The downtime as it was predicted when the source decided to pause the guest.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub predicted_downtime_ms: Option<Millis>,
@@ -167,6 +170,24 @@ pub enum SwitchReason {
     RoundLimit,
     /// More rounds would not have brought the goal nearer.
     Stalled,
+    /// No time was left until the deadline.
+    Deadline,
+}
+
+/// What the rounds of a live migration took from the guest while it ran.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GuestCost {
+    /// How long the host needed to tell dirty pages and to watch them again, in all. A vCPU that writes to a page meanwhile
+    /// may have to wait.
+    pub log_ms: Millis,
+    /// The longest of these times without a break.
+    pub longest_log_ms: Millis,
+    /// How long vCPUs were kept from running, summed over all of them.
+    pub throttled_ms: Millis,
+    /// The same in percent of the time that all vCPUs had since they were first throttled.
+    pub throttled_percent: u8,
+    /// The most that was taken at a time from the guest as a whole, in percent.
+    pub most_percent: u8,
 }
 
 /// What the target spent of the downtime, by its own clock. The rest is the source's, and the link's.
@@ -212,9 +233,18 @@ pub struct MigrationStatus {
     /// What the target did in that time. Known at the end.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub target_part: Option<TargetPart>,
+    /// The total as it was predicted after the first round; only of a live migration. Known at the end.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub predicted_total_ms: Option<Millis>,
     /// Why no more rounds were sent; only of a live migration. Known at the end.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub switched: Option<SwitchReason>,
+    /// The round after which it was first seen that more do not bring the downtime goal nearer, if any. Known at the end.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stalled_in_round: Option<u32>,
+    /// What the rounds took from the guest; only of a live migration. Known at the end.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub guest_cost: Option<GuestCost>,
     /// True if both ends compared a digest of all memory before the hand-over. A comparison that fails ends the
     /// migration.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -9,7 +9,7 @@ use crate::dirty_rate::MeasureDirtyRate;
 use crate::migration::MigrationMode;
 use crate::transfer::{Codecs, MemoryPolicy, Streams};
 use serde::{Deserialize, Serialize};
-use std::num::NonZeroU32;
+use std::num::{NonZeroU32, NonZeroU64};
 use std::time::Duration;
 
 /// One request to a Godwit.
@@ -80,12 +80,22 @@ pub struct StartMigration {
     /// Whether the guest runs while its memory moves.
     #[serde(default = "StartMigration::default_mode")]
     pub mode: MigrationMode,
-    /// The guest is stopped for the last round only when this downtime is predicted to hold.
+    /// The guest is stopped for the last round when this downtime is predicted to hold; see `on_stall`.
     #[serde(default = "StartMigration::default_max_downtime_ms")]
     pub max_downtime_ms: NonZeroU32,
     /// The last round comes after so many rounds at the latest.
     #[serde(default = "StartMigration::default_max_rounds")]
     pub max_rounds: NonZeroU32,
+    /// When the guest should run at the target, in milliseconds from the start. As it nears, no more rounds are sent, and
+    /// `on_stall` says what is done if the downtime goal does not hold.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub deadline_ms: Option<NonZeroU32>,
+    /// What to do when the downtime goal cannot be reached.
+    #[serde(default)]
+    pub on_stall: OnStall,
+    /// The most bytes a second over all connections together. Without it, as many as the link takes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bandwidth_bytes_per_second: Option<NonZeroU64>,
     /// The migration is given up, and the guest stays, when it has not handed over after so many seconds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub timeout_s: Option<NonZeroU32>,
@@ -110,6 +120,20 @@ pub struct StartMigration {
     pub delta_cache_bytes: u64,
 }
 
+/// What to do with a guest whose downtime goal cannot be reached: it dirties memory faster than it can be sent.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OnStall {
+    /// End the migration; the guest stays.
+    Cancel,
+    /// Take time from its vCPUs, in small steps up to 99 %, until the goal holds. Where not even that helps, or no time is
+    /// left, it is stopped.
+    Throttle,
+    /// Stop it for longer than the goal, at a moment when little remains.
+    #[default]
+    Stop,
+}
+
 impl StartMigration {
     /// A migration to `to` with the defaults of the API.
     #[must_use]
@@ -119,6 +143,9 @@ impl StartMigration {
             mode: Self::default_mode(),
             max_downtime_ms: Self::default_max_downtime_ms(),
             max_rounds: Self::default_max_rounds(),
+            deadline_ms: None,
+            on_stall: OnStall::default(),
+            bandwidth_bytes_per_second: None,
             timeout_s: None,
             verify: false,
             memory: MemoryPolicy::default(),
@@ -133,6 +160,12 @@ impl StartMigration {
     #[must_use]
     pub fn max_downtime(&self) -> Duration {
         Duration::from_millis(self.max_downtime_ms.get().into())
+    }
+
+    /// When the migration should be complete.
+    #[must_use]
+    pub fn deadline(&self) -> Option<Duration> {
+        self.deadline_ms.map(|ms| Duration::from_millis(ms.get().into()))
     }
 
     /// The limit for the whole migration.
@@ -219,7 +252,7 @@ mod tests {
         let parsed: StartMigration = serde_json::from_str(r#"{"to":"unix:/run/in.sock"}"#).unwrap();
         assert_eq!(parsed, StartMigration::new("unix:/run/in.sock".parse().unwrap()));
         assert_eq!(parsed.max_downtime(), Duration::from_millis(50));
-        assert_eq!(parsed.timeout(), None);
+        assert_eq!((parsed.timeout(), parsed.deadline(), parsed.on_stall), (None, None, OnStall::Stop));
     }
 
     #[test]
@@ -232,6 +265,12 @@ mod tests {
             (r#"{"to":"unix:/x","max_rounds":0}"#, "expected a nonzero u32"),
             (r#"{"to":"unix:/x","timeout_s":-1}"#, "-1"),
             (r#"{"to":"unix:/x","memory":"share"}"#, "unknown variant `share`, expected one of `auto`, `copy`, `pass`"),
+            (r#"{"to":"unix:/x","deadline_ms":0}"#, "expected a nonzero u32"),
+            (r#"{"to":"unix:/x","bandwidth_bytes_per_second":0}"#, "expected a nonzero u64"),
+            (
+                r#"{"to":"unix:/x","on_stall":"wait"}"#,
+                "unknown variant `wait`, expected one of `cancel`, `throttle`, `stop`",
+            ),
             (r#"{"to":"unix:/x","streams":0}"#, "0 streams: give it 1 to 64"),
             (r#"{"to":"unix:/x","streams":65}"#, "65 streams: give it 1 to 64"),
             (r#"{"to":"unix:/x","codec":"gzip"}"#, "there is no \"gzip\""),

@@ -40,12 +40,15 @@ pub(crate) struct Batch {
     block: Vec<u8>,
     packer: Packer,
     counts: PageCounts,
+    most_pages: u32,
 }
 
 impl Batch {
-    pub(crate) fn new() -> Self {
+    /// An empty batch, for at most so many pages with content.
+    pub(crate) fn new(most_pages: u32) -> Self {
         let records = Vec::with_capacity(MAX_RECORDS);
-        Self { records, block: Vec::new(), packer: Packer::new(), counts: PageCounts::default() }
+        let counts = PageCounts::default();
+        Self { records, block: Vec::new(), packer: Packer::new(), counts, most_pages: most_pages.min(MAX_RAW_PAGES) }
     }
 
     /// The records, in order.
@@ -94,7 +97,8 @@ impl Batch {
             return 0;
         }
         let in_block = (MAX_BLOCK - self.block.len()) / PAGE_SIZE;
-        u32::try_from(u64::from(MAX_RAW_PAGES).saturating_sub(self.counts.raw).min(in_block as u64))
+        let with_content = self.counts.sent() - self.counts.zero;
+        u32::try_from(u64::from(self.most_pages).saturating_sub(with_content).min(in_block as u64))
             .expect("the minimum of two small numbers")
     }
 
@@ -216,7 +220,7 @@ mod tests {
     fn all_dirty_pages_come_once_in_order_and_as_what_they_are() {
         let (guest, ledger) = still();
         ledger.lock().mark_all();
-        let (mut batch, mut seen) = (Batch::new(), Vec::new());
+        let (mut batch, mut seen) = (Batch::new(MAX_RAW_PAGES), Vec::new());
         while ledger.lock().dirty_pages() > 0 {
             for (run, code) in fill(&mut batch, &ledger, &guest) {
                 for page in run.first.0..run.first.0 + u64::from(run.pages) {
@@ -237,7 +241,8 @@ mod tests {
         ledger.put_back(PageRun { region: RegionId(0), first: PageIndex(0), pages: 3 });
         ledger.put_back(PageRun { region: RegionId(0), first: PageIndex(4), pages: 2 });
         ledger.put_back(PageRun { region: RegionId(0), first: PageIndex(HOLE - 1), pages: 40 });
-        let lengths: Vec<u32> = fill(&mut Batch::new(), &ledger, &guest).iter().map(|(run, _)| run.pages).collect();
+        let lengths: Vec<u32> =
+            fill(&mut Batch::new(MAX_RAW_PAGES), &ledger, &guest).iter().map(|(run, _)| run.pages).collect();
         assert_eq!(lengths, [3, 2, 1, 39]);
     }
 
@@ -247,7 +252,7 @@ mod tests {
         for page in (0..600).step_by(2) {
             ledger.lock().mark(RegionId(0), page);
         }
-        let mut batch = Batch::new();
+        let mut batch = Batch::new(MAX_RAW_PAGES);
         assert_eq!(fill(&mut batch, &ledger, &guest).len(), MAX_RECORDS);
         assert_eq!(ledger.lock().dirty_pages(), 300 - MAX_RECORDS as u64);
         assert_eq!(fill(&mut batch, &ledger, &guest).len(), 300 - MAX_RECORDS);
@@ -261,7 +266,7 @@ mod tests {
             guest.write(0, page, page % 2);
         }
         ledger.put_back(PageRun { region: RegionId(0), first: PageIndex(0), pages: 540 });
-        let (mut batch, mut next) = (Batch::new(), 0);
+        let (mut batch, mut next) = (Batch::new(MAX_RAW_PAGES), 0);
         while ledger.lock().dirty_pages() > 0 {
             for (run, code) in fill(&mut batch, &ledger, &guest) {
                 assert_eq!((run.first.0, run.pages, code == PageCode::Raw), (next, 1, next % 2 == 1));
@@ -276,6 +281,6 @@ mod tests {
         let (guest, ledger) = still();
         let guest = FakeGuest { fails: Some("slice"), ..guest };
         ledger.lock().mark_all();
-        assert!(Batch::new().fill(&ledger, &guest.memory(), zeros()).is_err());
+        assert!(Batch::new(MAX_RAW_PAGES).fill(&ledger, &guest.memory(), zeros()).is_err());
     }
 }

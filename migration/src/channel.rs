@@ -4,6 +4,7 @@
 use crate::digest::{Transcript, TranscriptDigest};
 use crate::guest::HostError;
 use crate::link::{Link, LinkError};
+use crate::pacer::Pace;
 use crate::wire::{Frame, FrameError, HEADER_BYTES, Header, Kind, Pages};
 use std::error::Error;
 use std::fmt::Write as _;
@@ -34,13 +35,19 @@ pub(crate) struct Channel<'l, L> {
     before_last: TranscriptDigest,
     outbox: Vec<u8>,
     bytes: u64,
+    pace: Option<Pace<'l>>,
 }
 
 impl<'l, L: Link> Channel<'l, L> {
     pub(crate) fn new(link: &'l mut L) -> Self {
         let (sent, received) = (Transcript::new(), Transcript::new());
         let before_last = received.digest();
-        Self { link, sent, received, before_last, outbox: Vec::new(), bytes: 0 }
+        Self { link, sent, received, before_last, outbox: Vec::new(), bytes: 0, pace: None }
+    }
+
+    /// The same, for what is sent to keep to a pace.
+    pub(crate) fn paced(self, pace: Option<Pace<'l>>) -> Self {
+        Self { pace, ..self }
     }
 
     /// Sends a frame that nothing follows.
@@ -55,7 +62,10 @@ impl<'l, L: Link> Channel<'l, L> {
 
     fn send_with(&mut self, frame: &Frame<'_>, payload: &[VolatileSlice<'_>]) -> Result<(), LinkError> {
         frame.encode(&mut self.outbox);
-        self.link.send(&self.outbox, payload)?;
+        match self.pace {
+            None => self.link.send(&self.outbox, payload)?,
+            Some(pace) => pace.send(self.link, &self.outbox, payload)?,
+        }
         self.sent.add(&self.outbox, &[]);
         self.count(self.outbox.len() + payload.iter().map(VolatileSlice::len).sum::<usize>());
         Ok(())

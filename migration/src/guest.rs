@@ -6,6 +6,7 @@ use crate::ledger::DirtyLedger;
 use crate::region::{PageRun, RamRegion};
 use crate::wire::Mode;
 use std::error::Error;
+use std::time::Duration;
 use thiserror::Error;
 use uuid::Uuid;
 use vm_memory::VolatileSlice;
@@ -76,7 +77,7 @@ pub struct Description {
 
 /// A running guest that is to leave.
 ///
-/// Calls come in pairs of a step and its way back: `start_dirty_log`/`stop_dirty_log`,
+/// Calls come in pairs of a step and its way back: `start_dirty_log`/`stop_dirty_log`, `throttle`/`unthrottle`,
 /// `record_given_away`/`record_kept`, `pause`/`resume`, `release`/`reacquire`. When a migration fails, the engine calls the way back of
 /// every step it has *tried*, last first; so a way back must also undo a step that failed halfway.
 pub trait SourceGuest {
@@ -107,6 +108,24 @@ pub trait SourceGuest {
     /// # Errors
     /// If the log cannot be read.
     fn harvest_dirty(&mut self, ledger: &mut DirtyLedger) -> Result<(), Self::Error>;
+
+    /// How many pages each vCPU wrote among those of the last harvest; `None` if the host does not tell.
+    fn written_by_vcpu(&self) -> Option<Vec<u64>>;
+
+    /// Takes a share of its time from each vCPU from now on, 0 to [`MOST_SHARE`](crate::throttling::MOST_SHARE).
+    ///
+    /// # Errors
+    /// If the host cannot.
+    fn throttle(&mut self, shares: &[f64]) -> Result<(), Self::Error>;
+
+    /// Takes nothing from the vCPUs any more.
+    ///
+    /// # Errors
+    /// If the host cannot.
+    fn unthrottle(&mut self) -> Result<(), Self::Error>;
+
+    /// How much time each vCPU lost so far to [`throttle`](Self::throttle).
+    fn time_taken(&self) -> Vec<Duration>;
 
     /// Ends the logging.
     ///

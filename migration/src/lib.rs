@@ -16,6 +16,7 @@ pub mod cancel;
 pub mod clock;
 pub mod codec;
 pub mod convergence;
+pub mod feasibility;
 pub mod guest;
 pub mod ledger;
 pub mod link;
@@ -24,6 +25,7 @@ pub mod region;
 pub mod report;
 pub mod source;
 pub mod target;
+pub mod throttling;
 pub mod wire;
 
 mod batch;
@@ -31,6 +33,7 @@ mod channel;
 mod counts;
 mod digest;
 mod history;
+mod pacer;
 mod page_set;
 mod zero;
 
@@ -42,7 +45,7 @@ pub use cancel::CancelToken;
 pub use channel::in_words;
 pub use clock::{Clock, HostClock};
 pub use codec::Codecs;
-pub use convergence::{Goal, SwitchReason, Unreachable};
+pub use convergence::{Goal, OnStall, SwitchReason};
 pub use counts::PageCounts;
 pub use digest::TranscriptDigest;
 pub use guest::{Claim, Claims, Description, GuestPages, HandleOf, HostError, Offer, Refusal, SourceGuest, TargetHost};
@@ -53,4 +56,5 @@ pub use region::{MAX_REGION_PAGES, MAX_REGIONS, PAGE_SIZE, PageIndex, PageRun, R
 pub use report::{Ending, PhaseReport, Report, Role, RoundReport, TargetPart};
 pub use source::{Failed, Further, InDoubt, MemoryPolicy, Outcome, Owner, Plan, SourceError, Surroundings};
 pub use target::{Arrival, Fault, Reception};
+pub use throttling::GuestCost;
 pub use wire::{Mode, Transfer};

@@ -30,6 +30,8 @@ pub enum Progress {
     Moved(Moved),
     /// A round is over.
     RoundDone(RoundReport),
+    /// This share of its time is taken from the guest from now on.
+    Throttled(f64),
 }
 
 /// How far a round is.

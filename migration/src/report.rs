@@ -7,6 +7,7 @@
 use crate::convergence::SwitchReason;
 use crate::counts::PageCounts;
 use crate::progress::Phase;
+use crate::throttling::GuestCost;
 use crate::wire::{Mode, Running, Transfer};
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
@@ -105,8 +106,14 @@ pub struct Report {
     pub target_part: Option<TargetPart>,
     /// The downtime that was predicted when the source decided to pause.
     pub predicted_downtime_ms: Option<f64>,
+    /// The total that was predicted after the first round; only in live mode, and only if there were rounds.
+    pub predicted_total_ms: Option<f64>,
     /// Why the source stopped sending rounds; only in live mode, and only if there were any.
     pub switched: Option<SwitchReason>,
+    /// The round after which it was first seen that more rounds do not bring the downtime goal nearer, if any.
+    pub stalled_in_round: Option<u32>,
+    /// What the rounds took from the guest; only in live mode.
+    pub guest_cost: Option<GuestCost>,
     /// `Some(true)` if both ends compared a digest of all memory, `None` if that was not asked for. A comparison that
     /// fails ends the migration, so that there is no report.
     pub verified: Option<bool>,
@@ -194,7 +201,16 @@ mod tests {
     "start_ms": 0.125
   },
   "predicted_downtime_ms": 0.25,
-  "switched": "goal_met",
+  "predicted_total_ms": 2.25,
+  "switched": "stalled",
+  "stalled_in_round": 1,
+  "guest_cost": {
+    "log_ms": 0.5,
+    "longest_log_ms": 0.25,
+    "throttled_ms": 1.0,
+    "throttled_share": 0.5,
+    "most_share": 0.75
+  },
   "verified": null,
   "bytes_per_second": 16408000.0,
   "phases": [
@@ -224,7 +240,16 @@ mod tests {
                 Running { restore: Duration::from_micros(250), start: Duration::from_micros(125) }.into(),
             ),
             predicted_downtime_ms: Some(0.25),
-            switched: Some(SwitchReason::GoalMet),
+            predicted_total_ms: Some(2.25),
+            switched: Some(SwitchReason::Stalled),
+            stalled_in_round: Some(1),
+            guest_cost: Some(GuestCost {
+                log_ms: 0.5,
+                longest_log_ms: 0.25,
+                throttled_ms: 1.0,
+                throttled_share: 0.5,
+                most_share: 0.75,
+            }),
             verified: None,
             bytes_per_second: Report::throughput(&rounds),
             rounds,
@@ -252,6 +277,7 @@ mod tests {
             (Some(SwitchReason::GoalMet), false),
             (Some(SwitchReason::RoundLimit), true),
             (Some(SwitchReason::Stalled), true),
+            (Some(SwitchReason::Deadline), true),
         ] {
             report.switched = switched;
             assert_eq!(report.forced(), forced, "{switched:?}");

@@ -34,8 +34,9 @@ fn types() -> BTreeMap<&'static str, Pass> {
     }
     types! {
         VmInfo Phase DirtyTrackerKind Stop BalloonInfo SetBalloon DiskList DiskInfo DiskCounters NicList NicInfo
-        NicBackend NicCounters StartMigration PeerAddress MigrationMode MemoryPolicy MemoryTransfer MigrationRole MigrationState MigrationStep
-        JobStarted LastMigration MigrationStatus Progress RoundInfo RoundKinds StepInfo SwitchReason TargetPart ResolveMigration Owner Pulse Pulsed Happening Event
+        NicBackend NicCounters StartMigration PeerAddress OnStall MigrationMode MemoryPolicy MemoryTransfer MigrationRole MigrationState
+        MigrationStep JobStarted LastMigration MigrationStatus Progress RoundInfo RoundKinds StepInfo SwitchReason GuestCost TargetPart
+        ResolveMigration Owner Pulse Pulsed Happening Event
         EndReason MeasureDirtyRate LastDirtyRate MeasurementStatus MeasurementState DirtyRate MemorySample MeasurementCost ErrorBody Code
     }
 }
@@ -230,6 +231,7 @@ fn what_the_types_write_is_described() {
         bytes_sent: 4096,
         remaining_bytes: 0,
         bytes_per_second: u64::MAX,
+        throttled_percent: Some(99),
         predicted_downtime_ms: millis,
     };
     described("Stop", json!(Stop { force_after_s: Some(one) }));
@@ -239,6 +241,9 @@ fn what_the_types_write_is_described() {
         mode: MigrationMode::Stop,
         max_downtime_ms: one,
         max_rounds: one,
+        deadline_ms: Some(one),
+        on_stall: OnStall::Throttle,
+        bandwidth_bytes_per_second: Some(std::num::NonZeroU64::MIN),
         timeout_s: Some(one),
         verify: true,
         memory: MemoryPolicy::Copy,
@@ -272,7 +277,16 @@ fn what_the_types_write_is_described() {
         total_ms: Millis::default(),
         downtime_ms: millis,
         target_part: Some(TargetPart { restore_ms: Millis::default(), start_ms: Millis::default() }),
+        predicted_total_ms: millis,
         switched: Some(SwitchReason::GoalMet),
+        stalled_in_round: Some(1),
+        guest_cost: Some(GuestCost {
+            log_ms: Millis::default(),
+            longest_log_ms: Millis::default(),
+            throttled_ms: Millis::default(),
+            throttled_percent: 1,
+            most_percent: 99,
+        }),
         verified: Some(true),
         error: Some("The link broke".into()),
     };

@@ -132,6 +132,8 @@ struct State {
     at_the_door: VecDeque<usize>,
     /// Every handle that was sent. The byte that stands for it on its way is its number, from 1.
     handles: Vec<Arc<GuestMemoryMmap<()>>>,
+    /// When the source began to send how many bytes.
+    traffic: Vec<(Duration, usize)>,
 }
 
 #[derive(Debug)]
@@ -163,8 +165,8 @@ pub(crate) struct VirtualClock {
 pub(crate) struct Door(Arc<Shared>);
 
 pub(crate) fn connect(weather: Weather, cancel: &CancelToken) -> (End, End, [VirtualClock; 2], Door) {
-    let (wires, at_the_door, handles) = (Vec::new(), VecDeque::new(), Vec::new());
-    let state = State { now: Duration::ZERO, wires, weather, at_the_door, handles };
+    let (wires, at_the_door, handles, traffic) = (Vec::new(), VecDeque::new(), Vec::new(), Vec::new());
+    let state = State { now: Duration::ZERO, wires, weather, at_the_door, handles, traffic };
     let shared = Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new(), cancel: cancel.clone() });
     let wire = shared.lock().add();
     let [near, far] = [SOURCE, TARGET].map(|side| End::new(&shared, wire, side));
@@ -267,11 +269,14 @@ impl State {
         head: &[u8],
         pages: &[u8],
     ) -> Result<(), LinkError> {
-        let Self { now, wires, weather, at_the_door: _, handles: _ } = self;
+        let Self { now, wires, weather, at_the_door: _, handles: _, traffic } = self;
         let Wire { cut, parties: _, ways } = &mut wires[stream];
         let way = &mut ways[side];
         let frame = way.frames;
         way.frames += 1;
+        if side == SOURCE {
+            traffic.push((*now, head.len() + pages.len()));
+        }
         *now += Duration::from_nanos((head.len() + pages.len()) as u64 * NANOSECONDS_PER_BYTE);
         let broken = || LinkError::Io(io::ErrorKind::BrokenPipe.into());
         if *cut {
@@ -334,6 +339,11 @@ impl End {
     /// Frames that each end has tried to send.
     pub(crate) fn frames(&self) -> [usize; 2] {
         self.shared.lock().wires[self.wire].ways.each_ref().map(|way| way.frames)
+    }
+
+    /// When the source began to send how many bytes, over all links.
+    pub(crate) fn traffic(&self) -> Vec<(Duration, usize)> {
+        self.shared.lock().traffic.clone()
     }
 
     /// Closes the link, as dropping a socket does. The others need not wait for this end any more.

@@ -3,6 +3,7 @@
 
 mod codecs;
 mod faults;
+mod goals;
 mod link;
 mod moves;
 mod passed;
@@ -64,6 +65,8 @@ pub(super) struct Attempt {
     pub(super) target_diary: Diary,
     /// Frames that the source and the target have tried to send.
     pub(super) frames: [usize; 2],
+    /// When the source began to send how many bytes, over all links.
+    pub(super) traffic: Vec<(Duration, usize)>,
 }
 
 pub(super) const PATIENCE: Duration = Duration::from_secs(30);
@@ -101,8 +104,8 @@ pub(super) fn migrate(
         near.hang_up();
         (outcome, target.join().unwrap())
     });
-    let frames = near.frames();
-    Attempt { outcome, arrival, source_diary, target_diary, frames }
+    let (frames, traffic) = (near.frames(), near.traffic());
+    Attempt { outcome, arrival, source_diary, target_diary, frames, traffic }
 }
 
 fn serve(

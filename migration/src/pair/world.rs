@@ -6,6 +6,7 @@ use crate::ledger::DirtyLedger;
 use crate::region::{PAGE_SIZE, PageRun, RamRegion, RegionId};
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
 use thiserror::Error;
 use uuid::Uuid;
 use vm_memory::{
@@ -92,6 +93,16 @@ pub(crate) struct GuestSide {
     random: Arc<Mutex<u64>>,
     changed: Arc<Mutex<DirtyLedger>>,
     backed: Arc<Mutex<DirtyLedger>>,
+    slowness: Arc<Mutex<Slowness>>,
+}
+
+/// What is taken from a guest: of its second vCPU, which does all of its work.
+#[derive(Debug, Default)]
+pub(crate) struct Slowness {
+    pub(crate) share: f64,
+    /// A part of a page that it may write.
+    credit: f64,
+    taken: Duration,
 }
 
 /// A guest that writes to its memory whenever the engine looks at it.
@@ -109,6 +120,7 @@ pub(crate) struct FakeGuest {
     pub(crate) random: Arc<Mutex<u64>>,
     pub(crate) changed: Arc<Mutex<DirtyLedger>>,
     pub(crate) backed: Arc<Mutex<DirtyLedger>>,
+    pub(crate) slowness: Arc<Mutex<Slowness>>,
 }
 
 fn ledger() -> Arc<Mutex<DirtyLedger>> {
@@ -129,6 +141,7 @@ impl FakeGuest {
             random: Arc::new(Mutex::new(7)),
             changed: ledger(),
             backed: ledger(),
+            slowness: Arc::default(),
         };
         for (region, pages) in [(0, HOLE), (1, REGIONS[1].pages)] {
             for page in 0..pages {
@@ -174,9 +187,21 @@ impl GuestSide {
         x % below
     }
 
+    /// How many of so many pages it may write.
+    fn allowed(&self, pages: u32) -> u32 {
+        let mut slowness = self.slowness.lock().unwrap();
+        slowness.credit += f64::from(pages) * (1.0 - slowness.share);
+        let share = slowness.share;
+        slowness.taken += Duration::from_micros(100).mul_f64(share);
+        let whole = (0..pages).take_while(|page| f64::from(*page) + 1.0 <= slowness.credit).count();
+        let whole = u32::try_from(whole).unwrap();
+        slowness.credit -= f64::from(whole);
+        whole
+    }
+
     /// The guest does some of its own work.
     fn work(&self, pages: u32) {
-        for _ in 0..pages {
+        for _ in 0..self.allowed(pages) {
             let region = u16::from(self.next_random(4) == 0);
             let page = self.next_random(REGIONS[usize::from(region)].pages);
             let value = if self.next_random(3) == 0 { 0 } else { self.next_random(1 << 40) };
@@ -223,6 +248,7 @@ impl SourceGuest for FakeGuest {
             random: Arc::clone(&self.random),
             changed: Arc::clone(&self.changed),
             backed: Arc::clone(&self.backed),
+            slowness: Arc::clone(&self.slowness),
         }
     }
 
@@ -245,6 +271,27 @@ impl SourceGuest for FakeGuest {
             assert!(into.put_back(run));
         }
         Ok(())
+    }
+
+    fn written_by_vcpu(&self) -> Option<Vec<u64>> {
+        Some(vec![0, 100])
+    }
+
+    fn throttle(&mut self, shares: &[f64]) -> Result<(), Planned> {
+        drop(self.may("throttle")?);
+        assert!(shares.len() == 2 && shares[0] == 0.0, "{shares:?}: the first vCPU writes nothing");
+        self.slowness.lock().unwrap().share = shares[1];
+        Ok(())
+    }
+
+    fn unthrottle(&mut self) -> Result<(), Planned> {
+        drop(self.may("unthrottle")?);
+        self.slowness.lock().unwrap().share = 0.0;
+        Ok(())
+    }
+
+    fn time_taken(&self) -> Vec<Duration> {
+        vec![Duration::ZERO, self.slowness.lock().unwrap().taken]
     }
 
     fn stop_dirty_log(&mut self) -> Result<(), Planned> {

@@ -14,10 +14,14 @@ use uuid::Uuid;
 /// How long to wait between two attempts to take back what was released.
 const RETRY: Duration = Duration::from_millis(50);
 
+/// What the way back from throttling is called.
+const UNTHROTTLE: &str = "get all of its time again";
+
 /// A step that has a way back.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Step {
     DirtyLog,
+    Throttle,
     GivenAway,
     Pause,
     Release,
@@ -29,6 +33,8 @@ pub(super) struct Custody<G> {
     pub(super) guest: G,
     session: Uuid,
     steps: Vec<Step>,
+    /// What [`Step::Throttle`] takes from each vCPU.
+    shares: Vec<f64>,
 }
 
 /// A migration that failed, and the guest, which is still this host's.
@@ -45,7 +51,7 @@ pub struct Failed<G> {
 
 impl<G: SourceGuest> Custody<G> {
     pub(super) fn new(guest: G, session: Uuid) -> Self {
-        Self { guest, session, steps: Vec::new() }
+        Self { guest, session, steps: Vec::new(), shares: Vec::new() }
     }
 
     /// Takes a step forth.
@@ -53,11 +59,30 @@ impl<G: SourceGuest> Custody<G> {
         self.steps.push(step);
         let (name, result) = match step {
             Step::DirtyLog => ("start its dirty log", self.guest.start_dirty_log()),
+            Step::Throttle => ("get slower", self.guest.throttle(&self.shares)),
             Step::Pause => ("pause", self.guest.pause()),
             Step::Release => ("release its disks", self.guest.release()),
             Step::GivenAway => ("get recorded as given away", self.guest.record_given_away(self.session)),
         };
         result.map_err(|error| SourceError::Guest { step: name, source: host_error(error) })
+    }
+
+    /// Takes these shares of their time from the vCPUs, and no longer those of before.
+    pub(super) fn throttle(&mut self, shares: Vec<f64>) -> Result<(), SourceError> {
+        self.shares = shares;
+        self.steps.retain(|step| *step != Step::Throttle);
+        self.take(Step::Throttle)
+    }
+
+    /// Takes nothing from the vCPUs any more; whether anything was taken before.
+    pub(super) fn unthrottle(&mut self) -> Result<bool, SourceError> {
+        if !self.steps.contains(&Step::Throttle) {
+            return Ok(false);
+        }
+        let unthrottled = self.guest.unthrottle();
+        unthrottled.map_err(|error| SourceError::Guest { step: UNTHROTTLE, source: host_error(error) })?;
+        self.steps.retain(|step| *step != Step::Throttle);
+        Ok(true)
     }
 
     /// Whether the target may hold what the guest needs.
@@ -84,6 +109,7 @@ impl<G: SourceGuest> Custody<G> {
     fn take_back(&mut self, step: Step, clock: &dyn Clock, patience: Duration) -> Result<(), SourceError> {
         let (name, result) = match step {
             Step::DirtyLog => ("end its dirty log", self.guest.stop_dirty_log()),
+            Step::Throttle => (UNTHROTTLE, self.guest.unthrottle()),
             Step::Pause => ("resume", self.guest.resume()),
             Step::Release => ("get its disks back", self.reacquire(clock, patience)),
             Step::GivenAway => ("get recorded as kept", self.guest.record_kept(self.session)),

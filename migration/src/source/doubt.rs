@@ -70,7 +70,7 @@ impl<G: SourceGuest> InDoubt<G> {
     pub fn ask<L: Link>(self, link: &mut L, clock: &dyn Clock) -> Outcome<G> {
         let plan = Plan { patience: self.patience, ..Plan::new(self.session(), self.report.mode) };
         let around = Surroundings { clock, cancel: &CancelToken::new(), observer: &mut Unobserved };
-        let streams = Streams::new(Codecs::NONE);
+        let streams = Streams::new(Codecs::NONE, None);
         let mut drive = Drive::new(link, &plan, &streams, around);
         let query = Frame::Query { session: plan.session, claims: self.claims };
         match drive.send(&query).and_then(|()| drive.answer_regardless(Kind::Verdict)) {

@@ -2,20 +2,21 @@
 //! guest.
 
 use super::error::SourceError;
+use super::steering::{Course, Left, Steering, Then, timed};
 use super::streams::{Streams, send_batch};
 use super::{Plan, Surroundings};
 use crate::batch::{Batch, Method};
 use crate::cancel::CancelToken;
 use crate::channel::{Channel, TICK, in_words};
 use crate::clock::Clock;
-use crate::convergence::{Decision, SwitchReason, Trend, decide, predict};
+use crate::convergence::Round;
 use crate::digest::TranscriptDigest;
 use crate::guest::{Claim, GuestPages};
 use crate::link::{Link, LinkError};
 use crate::progress::{Moved, Observer, Phase, Progress};
-use crate::region::{PAGE_SIZE, RamRegion};
+use crate::region::RamRegion;
 use crate::report::{Ending, PhaseReport, Report, Role, RoundReport, ms, per_second};
-use crate::wire::{Frame, Kind, MAX_REPORT, RoundEnd, Running, Transfer};
+use crate::wire::{Frame, Kind, MAX_REPORT, Mode, RoundEnd, Running, Transfer};
 use std::time::Duration;
 use uuid::Uuid;
 
@@ -52,7 +53,7 @@ pub(super) struct Drive<'a, L> {
     inbox: Vec<u8>,
     batch: Batch,
     pub(super) streams: &'a Streams,
-    trend: Trend,
+    steering: Steering,
     started: Duration,
     entered: Option<(Phase, Duration)>,
     paused: Option<Duration>,
@@ -66,32 +67,25 @@ struct Account {
     transfer: Transfer,
     rounds: Vec<RoundReport>,
     phases: Vec<PhaseReport>,
-    predicted: Option<Duration>,
-    switched: Option<SwitchReason>,
 }
 
 impl<'a, L: Link> Drive<'a, L> {
     pub(super) fn new(link: &'a mut L, plan: &'a Plan, streams: &'a Streams, around: Surroundings<'a>) -> Self {
         let Surroundings { clock, cancel, observer } = around;
-        let account = Account {
-            vm: Uuid::nil(),
-            transfer: Transfer::Copied,
-            rounds: Vec::new(),
-            phases: Vec::new(),
-            predicted: None,
-            switched: None,
-        };
+        let (rounds, phases) = (Vec::new(), Vec::new());
+        let account = Account { vm: Uuid::nil(), transfer: Transfer::Copied, rounds, phases };
+        let started = clock.now();
         Self {
             plan,
             clock,
             cancel,
             observer,
-            channel: Channel::new(link),
+            channel: Channel::new(link).paced(streams.pace(clock)),
             inbox: Vec::new(),
-            batch: Batch::new(),
+            batch: streams.batch(),
             streams,
-            trend: Trend::new(),
-            started: clock.now(),
+            steering: Steering::new(plan.goal, plan.bandwidth, started),
+            started,
             entered: None,
             paused: None,
             account,
@@ -274,8 +268,14 @@ impl<'a, L: Link> Drive<'a, L> {
         }
     }
 
-    /// Sends every page that the ledger holds, as round `round`, over all streams, and waits for no answer.
-    pub(super) fn send_round<P: GuestPages>(&mut self, round: u32, memory: &P) -> Result<RoundReport, SourceError> {
+    /// Sends every page that the ledger holds, as round `round`, over all streams, and waits for no answer. What is not sent
+    /// at `cut_at` stays in the ledger.
+    pub(super) fn send_round<P: GuestPages>(
+        &mut self,
+        round: u32,
+        memory: &P,
+        cut_at: Option<Duration>,
+    ) -> Result<RoundReport, SourceError> {
         let streams = self.streams;
         let of = streams.ledger.lock().dirty_pages();
         let (start, bytes_before, in_flight_before) = (self.clock.now(), self.bytes(), self.in_flight());
@@ -284,15 +284,22 @@ impl<'a, L: Link> Drive<'a, L> {
             let bytes_per_second = per_second(bytes - bytes_before, ms(drive.clock.now() - start));
             drive.observer.on(Progress::Moved(Moved { round, pages, of, bytes, bytes_per_second }));
         };
+        let cut = |drive: &Self| {
+            if cut_at.is_some_and(|at| drive.clock.now() >= at) {
+                streams.cut_short();
+            }
+        };
         streams.order(round);
         let method = streams.method(round);
-        while self.send_batch(memory, method)? {
+        while !streams.is_cut_short() && self.send_batch(memory, method)? {
             streams.sent.add(self.batch.counts());
             moved(self);
             self.check()?;
+            cut(self);
         }
         while self.others_send()? {
             moved(self);
+            cut(self);
         }
         self.check()?;
         let kinds = streams.sent.pages();
@@ -300,7 +307,8 @@ impl<'a, L: Link> Drive<'a, L> {
         self.send(&Frame::RoundEnd(RoundEnd { round, pages, zero_pages }))?;
         let (time, bytes) = (self.clock.now() - start, self.bytes() - bytes_before);
         let in_flight = self.in_flight();
-        self.trend.sent((bytes + in_flight_before).saturating_sub(in_flight), time);
+        let received = (bytes + in_flight_before).saturating_sub(in_flight);
+        self.steering.sent(Round { number: round, kinds, bytes, received, time });
         Ok(RoundReport { round, pages, zero_pages, kinds, bytes, ms: ms(time), dirty_at_end: 0 })
     }
 
@@ -343,23 +351,39 @@ impl<'a, L: Link> Drive<'a, L> {
         self.observer.on(Progress::RoundDone(round));
     }
 
-    /// Whether to send another round, with so many pages dirty.
-    pub(super) fn another_round(&mut self, round: u32, dirty_pages: u64) -> Result<bool, SourceError> {
-        let remaining = dirty_pages * PAGE_SIZE as u64 + self.in_flight();
+    /// When the round that begins now is to be cut short, if ever.
+    pub(super) fn cut_at(&self) -> Option<Duration> {
+        self.steering.cut_at(self.clock.now())
+    }
+
+    /// Does what keeps the guest waiting if it writes meanwhile: something with its dirty log.
+    pub(super) fn log<T>(&mut self, work: impl FnOnce(&mut Self) -> T) -> T {
+        let clock = self.clock;
+        let (done, time) = timed(clock, || work(self));
+        self.steering.logged(time);
+        done
+    }
+
+    /// What comes after a round in which so many pages were written, and that did not come to so many.
+    pub(super) fn next(&mut self, round: u32, dirty_pages: u64, unsent_pages: u64) -> Result<Then, SourceError> {
+        let in_flight = self.in_flight();
         let round_trip = self.channel.link().round_trip().unwrap_or_default();
-        let stats = self.trend.stats(round, remaining, round_trip);
-        let (goal, predicted) = (&self.plan.goal, predict(&stats, &self.plan.goal));
-        self.trend.note(remaining);
-        match decide(&stats, goal) {
-            Decision::Continue => Ok(true),
-            Decision::Switch(reason) => {
-                (self.account.predicted, self.account.switched) = (Some(predicted), Some(reason));
-                Ok(false)
-            }
-            Decision::GiveUp(reason) => {
-                Err(SourceError::GoalUnreachable { goal: goal.max_downtime, predicted, round, reason })
-            }
-        }
+        self.steering.next(round, self.clock.now(), Left { dirty_pages, unsent_pages, in_flight, round_trip })
+    }
+
+    /// The share of its time that each vCPU loses from now on; see [`Steering::slow_down`].
+    pub(super) fn slow_down(&mut self, written: Option<&[u64]>, taken: &[Duration]) -> Vec<f64> {
+        let shares = self.steering.slow_down(written, taken, self.clock.now()).to_vec();
+        let share = self.steering.throttled_share();
+        tracing::info!(session = %self.plan.session, share, ?shares, "the guest is throttled");
+        self.observer.on(Progress::Throttled(share));
+        shares
+    }
+
+    /// Notes that the guest is not throttled any more.
+    pub(super) fn unthrottled(&mut self, taken: &[Duration]) {
+        self.steering.unthrottled(taken, self.clock.now());
+        self.observer.on(Progress::Throttled(0.0));
     }
 
     /// The digest of all that was sent so far.
@@ -392,7 +416,9 @@ impl<'a, L: Link> Drive<'a, L> {
     /// The report of a migration whose guest was given away: to a target that runs it, or does so perhaps.
     pub(super) fn report(&mut self, running: Option<Running>) -> Report {
         self.leave();
-        let Account { vm, transfer, rounds, phases, predicted, switched } = self.account.clone();
+        let Account { vm, transfer, rounds, phases } = self.account.clone();
+        let Course { downtime, total, switched, stalled_in_round } = self.steering.course();
+        let live = self.plan.mode == Mode::Live;
         let now = self.clock.now();
         Report {
             role: Role::Source,
@@ -405,8 +431,11 @@ impl<'a, L: Link> Drive<'a, L> {
             total_ms: ms(now - self.started),
             downtime_ms: self.paused.filter(|_| running.is_some()).map(|paused| ms(now - paused)),
             target_part: running.map(Into::into),
-            predicted_downtime_ms: predicted.map(ms),
+            predicted_downtime_ms: downtime.map(ms),
+            predicted_total_ms: total.map(ms),
             switched,
+            stalled_in_round,
+            guest_cost: live.then(|| self.steering.guest_cost()),
             verified: self.plan.verify.then_some(true),
             bytes_per_second: Report::throughput(&rounds),
             rounds,

@@ -5,6 +5,7 @@ use crate::convergence::SwitchReason;
 use crate::guest::HostError;
 use crate::link::LinkError;
 use crate::wire::{FrameError, Kind};
+use std::fmt;
 use std::time::Duration;
 use thiserror::Error;
 
@@ -80,8 +81,10 @@ pub enum SourceError {
         limit: Duration,
     },
     /// The downtime goal cannot be reached, and the guest was not to be paused regardless.
-    #[error("The downtime goal of {} ms cannot be reached: {} ms are predicted after {round} rounds ({why})",
-        goal.as_millis(), predicted.as_millis(), why = words(*reason))]
+    #[error("The downtime goal of {} ms cannot be reached: {} ms are predicted after {round} rounds ({why}), with {} to send; \
+        the guest writes {}/s and the link takes {}/s",
+        goal.as_millis(), predicted.as_millis(), Mib(*remaining), Mib(*dirtied_per_second), Mib(*bytes_per_second),
+        why = words(*reason))]
     GoalUnreachable {
         /// The goal.
         goal: Duration,
@@ -91,6 +94,12 @@ pub enum SourceError {
         round: u32,
         /// Why no more are sent.
         reason: SwitchReason,
+        /// Bytes that were left to send.
+        remaining: f64,
+        /// How many bytes to send the guest made in each second, by its writes.
+        dirtied_per_second: f64,
+        /// How fast bytes went, a second.
+        bytes_per_second: f64,
     },
     /// The target was asked after a doubt and did not take the guest.
     #[error("The target did not take the guest over, and never will")]
@@ -100,11 +109,21 @@ pub enum SourceError {
     Settled,
 }
 
+/// A number of bytes, for people.
+struct Mib(f64);
+
+impl fmt::Display for Mib {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:.1} MiB", self.0 / f64::from(1 << 20))
+    }
+}
+
 fn words(reason: SwitchReason) -> &'static str {
     match reason {
         SwitchReason::GoalMet => "the goal is met",
         SwitchReason::RoundLimit => "no more are allowed",
         SwitchReason::Stalled => "more do not bring it nearer",
+        SwitchReason::Deadline => "no time is left for more",
     }
 }
 

@@ -16,6 +16,7 @@ mod custody;
 mod doubt;
 mod drive;
 mod error;
+mod steering;
 mod streams;
 
 pub use custody::Failed;
@@ -30,6 +31,7 @@ use crate::convergence::Goal;
 use crate::digest;
 use crate::guest::{Description, GuestPages, HandleOf, SourceGuest};
 use crate::link::{Link, LinkError};
+use crate::pacer::Pacer;
 use crate::progress::{Observer, Phase};
 use crate::region::{MAX_REGION_PAGES, MAX_REGIONS, RamRegion};
 use crate::report::Report;
@@ -37,9 +39,10 @@ use crate::wire::{Frame, Hello, Kind, MAX_MACHINE, MAX_STATE, Mode, Seal, Transf
 use custody::{Custody, Step};
 use drive::{Answer, Drive};
 use std::fmt;
-use std::num::NonZeroU16;
+use std::num::{NonZeroU16, NonZeroU64};
 use std::thread::{self, Scope};
 use std::time::Duration;
+use steering::Then;
 use streams::{Crew, Streams, Terms};
 use uuid::Uuid;
 
@@ -78,6 +81,8 @@ pub struct Plan {
     pub timeout: Option<Duration>,
     /// How long to wait for an answer, or for a byte to move.
     pub patience: Duration,
+    /// The most bytes a second over all streams together, to within a twentieth; `None` for as many as the link takes.
+    pub bandwidth: Option<NonZeroU64>,
     /// Over how many streams pages go, at most [`MAX_STREAMS`](crate::wire::MAX_STREAMS).
     pub streams: NonZeroU16,
     /// How pages may be made smaller.
@@ -98,6 +103,7 @@ impl Plan {
             goal: Goal::default(),
             timeout: None,
             patience: Duration::from_secs(30),
+            bandwidth: None,
             streams: NonZeroU16::MIN,
             codecs: Codecs::ZERO,
             delta_cache: 64 << 20,
@@ -187,12 +193,12 @@ pub fn run<G: SourceGuest, L: Link<Handle = HandleOf<G::Memory>>>(
     around: Surroundings<'_>,
     further: Further<'_, L>,
 ) -> Outcome<G> {
-    let streams = Streams::new(plan.codecs);
+    let streams = Streams::new(plan.codecs, plan.bandwidth.map(|cap| Pacer::new(cap, plan.streams)));
     let Surroundings { clock, cancel, observer } = around;
     let Further { dial, thread } = further;
     thread::scope(|scope| {
         let mut drive = Drive::new(link, plan, &streams, Surroundings { clock, cancel, observer });
-        let mut crew = Crew::new(&streams);
+        let mut crew = Crew::new(&streams, clock);
         let ready = Precopy::offer(guest, &mut drive).and_then(|precopy| {
             let precopy = precopy.open_streams(&mut drive, &mut crew, scope, Further { dial, thread })?;
             let stopped = match (precopy.transfer, plan.mode) {
@@ -282,7 +288,7 @@ impl<G: SourceGuest> Precopy<G> {
 
     /// Logs changes from now on, and takes every page as changed.
     fn start_log<L: Link>(mut self, drive: &mut Drive<'_, L>) -> Next<Self, G> {
-        match self.custody.take(Step::DirtyLog) {
+        match drive.log(|_| self.custody.take(Step::DirtyLog)) {
             Ok(()) => {
                 drive.streams.ledger.lock().mark_all();
                 Ok(self)
@@ -305,10 +311,15 @@ impl<G: SourceGuest> Precopy<G> {
 
     fn round<L: Link>(&mut self, drive: &mut Drive<'_, L>) -> Result<bool, SourceError> {
         self.round += 1;
-        let sent = drive.send_round(self.round, &self.custody.guest.memory())?;
-        let dirty_at_end = self.harvest(drive)?;
+        let sent = drive.send_round(self.round, &self.custody.guest.memory(), drive.cut_at())?;
+        let unsent = drive.streams.ledger.lock().dirty_pages();
+        let dirty_at_end = drive.log(|drive| self.harvest(drive))?;
         drive.round_done(crate::RoundReport { dirty_at_end, ..sent });
-        drive.another_round(self.round, dirty_at_end)
+        match drive.next(self.round, dirty_at_end - unsent, unsent)? {
+            Then::Round => Ok(true),
+            Then::SlowerRound => self.slow_down(drive).map(|()| true),
+            Then::Pause => Ok(false),
+        }
     }
 
     /// Takes the pages that changed into the ledger; how many are in it then.
@@ -317,6 +328,13 @@ impl<G: SourceGuest> Precopy<G> {
         let harvested = self.custody.guest.harvest_dirty(&mut ledger);
         harvested.map_err(|error| SourceError::Guest { step: "tell its dirty pages", source: host_error(error) })?;
         Ok(ledger.dirty_pages())
+    }
+
+    /// Takes more time from the vCPUs than before.
+    fn slow_down<L: Link>(&mut self, drive: &mut Drive<'_, L>) -> Result<(), SourceError> {
+        let guest = &self.custody.guest;
+        let shares = drive.slow_down(guest.written_by_vcpu().as_deref(), &guest.time_taken());
+        self.custody.throttle(shares)
     }
 
     /// Pauses the guest and captures its state, and only then learns the last dirty pages: capturing may touch memory.
@@ -333,6 +351,9 @@ impl<G: SourceGuest> Precopy<G> {
         self.custody.take(Step::GivenAway)?;
         drive.pausing();
         self.custody.take(Step::Pause)?;
+        if self.custody.unthrottle()? {
+            drive.unthrottled(&self.custody.guest.time_taken());
+        }
         let saved = self.custody.guest.save();
         let state = saved.map_err(|error| SourceError::Guest { step: "save its state", source: host_error(error) })?;
         fits("The state", state.len() as u64, MAX_STATE as u64)?;
@@ -361,7 +382,7 @@ impl<G: SourceGuest> Stopped<G> {
             Transfer::Passed => Ok(()),
             Transfer::Copied => {
                 drive.enter(Phase::LastPages);
-                let last = drive.send_round(self.precopy.round + 1, &self.precopy.custody.guest.memory())?;
+                let last = drive.send_round(self.precopy.round + 1, &self.precopy.custody.guest.memory(), None)?;
                 drive.round_done(last);
                 Ok(())
             }
@@ -437,8 +458,7 @@ fn fits(what: &'static str, found: u64, max: u64) -> Result<(), SourceError> {
 
 fn hello<'a>(plan: &Plan, transfer: Transfer, description: &'a Description) -> Hello<'a> {
     let Description { vm, regions, machine } = description;
-    let Plan { session, mode, verify, memory: _, goal: _, timeout: _, patience: _, streams, codecs: _, delta_cache: _ } =
-        *plan;
+    let Plan { session, mode, verify, streams, .. } = *plan;
     let (vm, streams, regions) = (*vm, streams.get(), regions.clone());
     Hello { session, vm, mode, verify, streams, transfer, build: BUILD, regions, machine }
 }

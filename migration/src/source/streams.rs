@@ -9,6 +9,7 @@ use super::error::SourceError;
 use crate::batch::{Batch, Method};
 use crate::bell::Bell;
 use crate::channel::{Channel, TICK};
+use crate::clock::Clock;
 use crate::codec::Codecs;
 use crate::counts::PageCounts;
 use crate::digest::TranscriptDigest;
@@ -16,9 +17,10 @@ use crate::guest::{GuestPages, HostError, exact_slice};
 use crate::history::History;
 use crate::ledger::{DirtyLedger, SharedLedger};
 use crate::link::{Cutter, Link};
+use crate::pacer::{Pace, Pacer};
 use crate::wire::{Frame, Join, RoundEnd};
 use std::io;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::{Builder, Scope};
 use std::time::Duration;
@@ -33,6 +35,9 @@ pub(super) struct Streams {
     history: OnceLock<History>,
     /// What the round under way has sent, over all streams.
     pub(super) sent: Sent,
+    pacer: Option<Pacer>,
+    /// Whether the round under way is to end with pages left in the ledger.
+    cut_short: AtomicBool,
     orders: Mutex<Orders>,
     /// Rings when there is an order.
     ordered: Bell,
@@ -88,13 +93,15 @@ impl Sent {
 }
 
 impl Streams {
-    pub(super) fn new(codecs: Codecs) -> Self {
+    pub(super) fn new(codecs: Codecs, pacer: Option<Pacer>) -> Self {
         let orders = Orders { round: 0, over: false, busy: 0, failure: None, shares: Vec::new() };
         Self {
             ledger: SharedLedger::new(DirtyLedger::new(&[])),
             codecs,
             history: OnceLock::new(),
             sent: Sent::default(),
+            pacer,
+            cut_short: AtomicBool::new(false),
             orders: Mutex::new(orders),
             ordered: Bell::new(),
             news: Bell::new(),
@@ -114,14 +121,34 @@ impl Streams {
         Method { codecs: self.codecs, history: self.history.get_or_init(History::none), round }
     }
 
+    /// What every stream keeps to, if there is a cap.
+    pub(super) fn pace<'a>(&'a self, clock: &'a dyn Clock) -> Option<Pace<'a>> {
+        self.pacer.as_ref().map(|pacer| Pace { pacer, clock })
+    }
+
+    /// An empty frame, of a size that keeps to the cap.
+    pub(super) fn batch(&self) -> Batch {
+        Batch::new(self.pacer.as_ref().map_or(u32::MAX, Pacer::pages_per_frame))
+    }
+
     /// Has every further stream send its share of a round.
     pub(super) fn order(&self, round: u32) {
         let mut orders = self.lock();
         (orders.round, orders.busy) = (round, orders.shares.len());
+        self.cut_short.store(false, Ordering::Relaxed);
         *self.sent.lock() = PageCounts::default();
         self.method(round).history.begin_round(round, &self.ledger.lock());
         drop(orders);
         self.ordered.ring();
+    }
+
+    /// Has every stream end the round after the batch that it is at.
+    pub(super) fn cut_short(&self) {
+        self.cut_short.store(true, Ordering::Relaxed);
+    }
+
+    pub(super) fn is_cut_short(&self) -> bool {
+        self.cut_short.load(Ordering::Relaxed)
     }
 
     /// Whether every further stream is done with the round.
@@ -176,15 +203,15 @@ impl Streams {
 }
 
 /// The threads of the further streams.
-#[derive(Debug)]
 pub(super) struct Crew<'a, C: Cutter> {
     streams: &'a Streams,
+    clock: &'a dyn Clock,
     cutters: Vec<C>,
 }
 
 impl<'a, C: Cutter> Crew<'a, C> {
-    pub(super) fn new(streams: &'a Streams) -> Self {
-        Self { streams, cutters: Vec::new() }
+    pub(super) fn new(streams: &'a Streams, clock: &'a dyn Clock) -> Self {
+        Self { streams, clock, cutters: Vec::new() }
     }
 
     /// Puts one more stream to work over `link`, which was just connected.
@@ -200,7 +227,7 @@ impl<'a, C: Cutter> Crew<'a, C> {
         L: Link<Cutter = C> + 'scope,
         P: GuestPages + 'scope,
     {
-        let (streams, stream) = (self.streams, self.cutters.len());
+        let (streams, stream, pace) = (self.streams, self.cutters.len(), self.streams.pace(self.clock));
         self.cutters.push(link.cutter()?);
         streams.lock().shares.push(Share::default());
         let serve = move || {
@@ -209,7 +236,7 @@ impl<'a, C: Cutter> Crew<'a, C> {
             let number = u16::try_from(stream + 1).expect("the number of streams is bounded");
             let join = Frame::Join(Join { session: terms.session, stream: number });
             let served = Channel::new(&mut link).send(&join).map_err(SourceError::Link).and_then(|()| {
-                let (channel, batch) = (Channel::new(&mut link), Batch::new());
+                let (channel, batch) = (Channel::new(&mut link).paced(pace), streams.batch());
                 Worker { streams, stream, channel, batch, memory, counted: 0 }.serve()
             });
             if let Err(error) = served {
@@ -226,6 +253,7 @@ impl<C: Cutter> Drop for Crew<'_, C> {
         self.streams.lock().over = true;
         self.streams.ordered.ring();
         self.cutters.iter().for_each(Cutter::cut);
+        self.streams.pacer.iter().for_each(Pacer::release);
     }
 }
 
@@ -262,7 +290,9 @@ impl<L: Link, P: GuestPages> Worker<'_, '_, L, P> {
 
     fn round(&mut self, round: u32) -> Result<(), SourceError> {
         let (mut pages, method) = (PageCounts::default(), self.streams.method(round));
-        while send_batch(&mut self.channel, &mut self.batch, &self.streams.ledger, &self.memory, method)? {
+        while !self.streams.is_cut_short()
+            && send_batch(&mut self.channel, &mut self.batch, &self.streams.ledger, &self.memory, method)?
+        {
             pages += self.batch.counts();
             self.streams.sent.add(self.batch.counts());
             self.count();

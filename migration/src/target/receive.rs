@@ -59,7 +59,7 @@ impl<L> fmt::Debug for Further<'_, L> {
 #[derive(Debug, Clone, PartialEq)]
 pub enum Arrival {
     /// A guest, which runs here.
-    Running(Report),
+    Running(Box<Report>),
     /// A question after the guest of an earlier session. The link was used for nothing else.
     Answered(Claim),
 }
@@ -94,7 +94,7 @@ pub fn receive<L: Link<Handle = HandleOf<H::Memory>>, H: TargetHost, C: Claims +
                 Ok(next)
             });
             target = match next {
-                Ok(Target::Running(arrived)) => return Ok(Arrival::Running(driver.welcome(*arrived))),
+                Ok(Target::Running(arrived)) => return Ok(Arrival::Running(Box::new(driver.welcome(*arrived)))),
                 Ok(Target::Answered(claim)) => {
                     driver.linger();
                     return Ok(Arrival::Answered(claim));

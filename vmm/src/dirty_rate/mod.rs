@@ -17,8 +17,8 @@ mod sample;
 
 use crate::layout::PAGE_SIZE;
 use crate::machine::{Machine, MachineError};
-use crate::memory::MemoryError;
-use control::{DirtyRate, MeasurementCost};
+use crate::memory::{GuestMemory, MemoryError};
+use control::{DirtyRate, MeasurementCost, MemorySample};
 use cost::Cost;
 use growth::{Growth, per_second};
 use migration::DirtyLedger;
@@ -38,9 +38,16 @@ pub enum MeasureError {
     /// Its memory.
     #[error(transparent)]
     Memory(#[from] MemoryError),
-    /// The compressor.
-    #[error("A sample of the memory could not be compressed")]
+    /// The memory file, or the compressor.
+    #[error("A sample of the memory could not be taken")]
     Compress(#[from] std::io::Error),
+}
+
+/// A sample of the memory, with nobody's writes watched.
+pub(crate) fn sample(memory: &GuestMemory) -> Result<MemorySample, MeasureError> {
+    let mut sample = Sample::new()?;
+    while sample.step(memory)? {}
+    Ok(sample.tally())
 }
 
 /// A measurement that is under way.

@@ -6,6 +6,7 @@ use crate::machine::{Machine, MachineError};
 use crate::memory::GuestMemory;
 use control::PeerAddress;
 use migration::{Description, DirtyLedger, SourceGuest};
+use std::time::Duration;
 use thiserror::Error;
 use uuid::Uuid;
 
@@ -79,6 +80,23 @@ impl SourceGuest for Leaving {
 
     fn harvest_dirty(&mut self, ledger: &mut DirtyLedger) -> Result<(), LeaveError> {
         Ok(self.machine.harvest_dirty(ledger)?)
+    }
+
+    fn written_by_vcpu(&self) -> Option<Vec<u64>> {
+        self.machine.written_by_vcpu()
+    }
+
+    fn throttle(&mut self, shares: &[f64]) -> Result<(), LeaveError> {
+        Ok(self.machine.throttle(shares)?)
+    }
+
+    fn unthrottle(&mut self) -> Result<(), LeaveError> {
+        let nothing = vec![0.0; self.machine.time_taken().len()];
+        Ok(self.machine.throttle(&nothing)?)
+    }
+
+    fn time_taken(&self) -> Vec<Duration> {
+        self.machine.time_taken()
     }
 
     fn stop_dirty_log(&mut self) -> Result<(), LeaveError> {

@@ -3,6 +3,7 @@
 pub mod address;
 pub mod arriving;
 pub mod claims;
+pub mod feasibility;
 mod handle;
 pub mod leaving;
 pub mod link;

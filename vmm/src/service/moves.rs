@@ -7,6 +7,7 @@ use super::requests::not_here;
 use super::watcher::{begun, post_failure, post_report};
 use super::{Ended, Holding, Message, Service};
 use crate::machine::Machine;
+use crate::migrate::feasibility::{self, Infeasible};
 use crate::migrate::leaving::Leaving;
 use control::{
     ApiError, JobId, JobStarted, MemoryPolicy, MigrationRole, MigrationState, MigrationStep, PeerAddress, Phase, Reply,
@@ -23,6 +24,15 @@ impl Service {
     pub(super) fn start_migration(&mut self, request: &StartMigration) -> Result<Reply, ApiError> {
         check_memory_policy(request)?;
         let job = JobId::random().map_err(|error| ApiError::failed(&error))?;
+        if let Holding::Here(machine) = &self.holding {
+            let checked = feasibility::check(machine.memory(), request, outgoing::codecs(request.codec));
+            checked.map_err(|error| match error {
+                Infeasible::Contradiction(why) => {
+                    ApiError::InvalidValue { field: "deadline_ms", reason: why.to_string() }
+                }
+                Infeasible::Memory(_) => ApiError::failed(&error),
+            })?;
+        }
         self.end_measurement("A migration was started");
         let Holding::Here(machine) = std::mem::replace(&mut self.holding, Holding::Asking) else {
             return Err(not_here());
@@ -127,11 +137,12 @@ fn check_memory_policy(StartMigration { to, memory, .. }: &StartMigration) -> Re
     }
 }
 
-/// What to do about a target with which there is no talking.
+/// What to do about a target with which there is no talking, and about a goal that is out of reach.
 fn remedy(cause: &SourceError) -> &'static str {
     match cause {
         SourceError::Frame(FrameError::NotOurs { .. }) => "; give the address of a `godwit receive`",
         SourceError::Frame(FrameError::Version { .. }) => "; run the same version of godwit at both ends",
+        SourceError::GoalUnreachable { .. } => "; allow a longer downtime, or let the guest be throttled or stopped",
         _ => "",
     }
 }

@@ -12,8 +12,8 @@ use crate::seccomp::{self, ThreadKind};
 use control::{JobId, MigrationMode, PeerAddress, StartMigration};
 use migration::codec::block::{Packing, ZstdLevel};
 use migration::{
-    CancelToken, Codecs, Cutter, Further, Goal, HostClock, InDoubt, Link, LinkError, MemoryPolicy, Mode, Outcome, Plan,
-    Surroundings, Unreachable, source,
+    CancelToken, Codecs, Cutter, Further, Goal, HostClock, InDoubt, Link, LinkError, MemoryPolicy, Mode, OnStall,
+    Outcome, Plan, Surroundings, source,
 };
 use std::io;
 use std::sync::mpsc::Sender;
@@ -179,10 +179,16 @@ fn plan(request: &StartMigration, job: JobId) -> Plan {
         goal: Goal {
             max_downtime: request.max_downtime(),
             max_rounds: request.max_rounds.get(),
-            unreachable: Unreachable::Switch,
+            deadline: request.deadline(),
+            on_stall: match request.on_stall {
+                control::OnStall::Cancel => OnStall::Cancel,
+                control::OnStall::Throttle => OnStall::Throttle,
+                control::OnStall::Stop => OnStall::Stop,
+            },
             ..Goal::default()
         },
         timeout: request.timeout(),
+        bandwidth: request.bandwidth_bytes_per_second,
         streams: request.streams.into(),
         codecs: codecs(request.codec),
         delta_cache: usize::try_from(request.delta_cache_bytes).unwrap_or(usize::MAX),
@@ -190,7 +196,7 @@ fn plan(request: &StartMigration, job: JobId) -> Plan {
     }
 }
 
-fn codecs(control::Codecs { zero, rle, delta, dedup, packing }: control::Codecs) -> Codecs {
+pub(crate) fn codecs(control::Codecs { zero, rle, delta, dedup, packing }: control::Codecs) -> Codecs {
     let packing = match packing {
         control::Packing::Stored => Packing::Stored,
         control::Packing::Lz4 => Packing::Lz4,

@@ -3,8 +3,8 @@
 use super::board::Board;
 use crate::layout::PAGE_SIZE;
 use control::{
-    Happening, JobId, MemoryTransfer, MigrationMode, MigrationRole, MigrationState, MigrationStatus, MigrationStep,
-    PeerAddress, Progress, RoundInfo, RoundKinds, StepInfo, SwitchReason, TargetPart,
+    GuestCost, Happening, JobId, MemoryTransfer, MigrationMode, MigrationRole, MigrationState, MigrationStatus,
+    MigrationStep, PeerAddress, Progress, RoundInfo, RoundKinds, StepInfo, SwitchReason, TargetPart,
 };
 use migration::{Moved, Observer, PageCounts, Phase, PhaseReport, Report, RoundReport, Transfer};
 use std::time::{Duration, Instant};
@@ -96,6 +96,7 @@ fn switch_reason(reason: migration::SwitchReason) -> SwitchReason {
         migration::SwitchReason::GoalMet => SwitchReason::GoalMet,
         migration::SwitchReason::RoundLimit => SwitchReason::RoundLimit,
         migration::SwitchReason::Stalled => SwitchReason::Stalled,
+        migration::SwitchReason::Deadline => SwitchReason::Deadline,
     }
 }
 
@@ -109,6 +110,23 @@ fn memory_transfer(transfer: Transfer) -> MemoryTransfer {
 fn target_part(part: migration::TargetPart) -> TargetPart {
     let migration::TargetPart { restore_ms, start_ms } = part;
     TargetPart { restore_ms: millis(restore_ms), start_ms: millis(start_ms) }
+}
+
+/// A share as a percentage, of which one that is not zero shows something.
+#[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "from 0 to 100")]
+fn percent(share: f64) -> u8 {
+    (share.clamp(0.0, 1.0) * 100.0).ceil() as u8
+}
+
+fn guest_cost(cost: migration::GuestCost) -> GuestCost {
+    let migration::GuestCost { log_ms, longest_log_ms, throttled_ms, throttled_share, most_share } = cost;
+    GuestCost {
+        log_ms: millis(log_ms),
+        longest_log_ms: millis(longest_log_ms),
+        throttled_ms: millis(throttled_ms),
+        throttled_percent: percent(throttled_share),
+        most_percent: percent(most_share),
+    }
 }
 
 impl Observer for Watcher {
@@ -128,6 +146,10 @@ impl Observer for Watcher {
                 });
             }
             migration::Progress::RoundDone(round) => self.round_done(round),
+            migration::Progress::Throttled(share) => {
+                let percent = Some(percent(share)).filter(|percent| *percent > 0);
+                self.post(|progress| progress.throttled_percent = percent);
+            }
         }
     }
 }
@@ -155,6 +177,7 @@ pub(crate) fn begun(
             bytes_sent: 0,
             remaining_bytes: 0,
             bytes_per_second: 0,
+            throttled_percent: None,
             predicted_downtime_ms: None,
         },
         rounds: Vec::new(),
@@ -162,7 +185,10 @@ pub(crate) fn begun(
         total_ms: Duration::ZERO.into(),
         downtime_ms: None,
         target_part: None,
+        predicted_total_ms: None,
         switched: None,
+        stalled_in_round: None,
+        guest_cost: None,
         verified: None,
         error: None,
     }
@@ -190,7 +216,10 @@ fn complete(status: &mut MigrationStatus, report: &Report) {
         downtime_ms,
         target_part: part,
         predicted_downtime_ms,
+        predicted_total_ms,
         switched,
+        stalled_in_round,
+        guest_cost: cost,
         verified,
         bytes_per_second,
         phases,
@@ -205,6 +234,7 @@ fn complete(status: &mut MigrationStatus, report: &Report) {
         bytes_sent: *bytes,
         remaining_bytes: 0,
         bytes_per_second: rate(*bytes_per_second),
+        throttled_percent: None,
         predicted_downtime_ms: predicted_downtime_ms.map(millis),
     };
     status.rounds = rounds.iter().map(round_info).collect();
@@ -212,7 +242,10 @@ fn complete(status: &mut MigrationStatus, report: &Report) {
     status.total_ms = millis(*total_ms);
     status.downtime_ms = downtime_ms.map(millis);
     status.target_part = part.map(target_part);
+    status.predicted_total_ms = predicted_total_ms.map(millis);
     status.switched = switched.map(switch_reason);
+    status.stalled_in_round = *stalled_in_round;
+    status.guest_cost = cost.map(guest_cost);
     status.verified = *verified;
     // Of a doubt that was settled since.
     status.error = None;
@@ -263,7 +296,16 @@ mod tests {
             downtime_ms: Some(2.0),
             target_part: Some(migration::TargetPart { restore_ms: 0.75, start_ms: 0.25 }),
             predicted_downtime_ms: Some(1.75),
+            predicted_total_ms: Some(4.5),
             switched: Some(migration::SwitchReason::GoalMet),
+            stalled_in_round: Some(1),
+            guest_cost: Some(migration::GuestCost {
+                log_ms: 0.25,
+                longest_log_ms: 0.125,
+                throttled_ms: 1.5,
+                throttled_share: 0.125,
+                most_share: 0.2,
+            }),
             verified: Some(true),
             bytes_per_second: 14_000_000.0,
             phases: vec![PhaseReport { phase: Phase::Pausing, ms: 0.125 }],
@@ -289,6 +331,15 @@ mod tests {
         assert_eq!((source.target_part, source.switched), (Some(part), Some(SwitchReason::GoalMet)));
         assert_eq!(source.steps, [StepInfo { step: MigrationStep::Pausing, duration_ms: millis(0.125) }]);
         assert_eq!(source.verified, Some(true));
+        assert_eq!((source.predicted_total_ms, source.stalled_in_round), (Some(millis(4.5)), Some(1)));
+        let cost = GuestCost {
+            log_ms: millis(0.25),
+            longest_log_ms: millis(0.125),
+            throttled_ms: millis(1.5),
+            throttled_percent: 13,
+            most_percent: 20,
+        };
+        assert_eq!(source.guest_cost, Some(cost));
         let kinds = RoundKinds { raw: 1, zero: 4, plain: 1, rle: 1, delta: 1, copy: 1, same: 3 };
         assert_eq!(source.rounds[0].kinds, kinds);
     }

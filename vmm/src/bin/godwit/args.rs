@@ -1,8 +1,11 @@
 //! The command line, as clap reads it, and the machine that its options describe.
 
+mod goals;
+
 use crate::values::{MemoryArg, Settings, period, size};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use control::{Codecs, Owner, PeerAddress, Streams};
+use goals::Goals;
 use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
 use uuid::Uuid;
@@ -184,12 +187,8 @@ pub(crate) struct Migrate {
     /// Whether the guest goes on while its memory moves
     #[arg(long, value_enum, default_value = "live")]
     pub(crate) mode: ModeArg,
-    /// Pause the guest only when it will stand still for at most this long, in milliseconds
-    #[arg(long, default_value = "50", value_name = "MS")]
-    pub(crate) max_downtime: NonZeroU32,
-    /// Pause the guest after this many rounds even if that goal is not met
-    #[arg(long, default_value = "30", value_name = "N")]
-    pub(crate) max_rounds: NonZeroU32,
+    #[command(flatten)]
+    pub(crate) goals: Goals,
     /// Give up after this many seconds; the guest stays here
     #[arg(long, value_name = "SECONDS")]
     pub(crate) timeout: Option<NonZeroU32>,

@@ -1,7 +1,7 @@
 //! Answers for people: short lines, with units; and for programs: JSON.
 
 use control::{
-    BalloonInfo, DirtyRate, DiskCounters, DiskInfo, DiskList, MeasurementCost, MemorySample, MemoryTransfer,
+    BalloonInfo, DirtyRate, DiskCounters, DiskInfo, DiskList, GuestCost, MeasurementCost, MemorySample, MemoryTransfer,
     MigrationStatus, NicCounters, NicInfo, NicList, RoundInfo, StepInfo, TargetPart, VmInfo,
 };
 use indicatif::HumanBytes;
@@ -74,20 +74,45 @@ pub(crate) fn migration(migration: &MigrationStatus) {
 
 /// What is known only at the end.
 fn details(migration: &MigrationStatus) {
-    let MigrationStatus { progress, steps, target_part, switched, verified, .. } = migration;
+    let MigrationStatus {
+        progress,
+        steps,
+        target_part,
+        predicted_total_ms,
+        switched,
+        stalled_in_round,
+        guest_cost,
+        ..
+    } = migration;
     if let Some(TargetPart { restore_ms, start_ms }) = target_part {
         println!("  at target  {restore_ms} to restore, {start_ms} to start, both within the downtime");
     }
     if let Some(predicted) = progress.predicted_downtime_ms {
+        let total = predicted_total_ms.map_or_else(String::new, |total| format!(", {total} in all"));
         let why = switched.map_or_else(String::new, |switched| format!(", {}", word(&switched)));
-        println!("  predicted  {predicted}{why}");
+        let stall = stalled_in_round.map_or_else(String::new, |round| format!(", a stall seen in round {round}"));
+        println!("  predicted  {predicted}{total}{why}{stall}");
+    }
+    if let Some(cost) = guest_cost {
+        guest_cost_of(cost);
     }
     if !steps.is_empty() {
         let step = |step: &StepInfo| format!("{} {}", word(&step.step), step.duration_ms);
         println!("  steps      {}", steps.iter().map(step).collect::<Vec<_>>().join(", "));
     }
-    if *verified == Some(true) {
+    if migration.verified == Some(true) {
         println!("  verified   all memory is equal at both ends");
+    }
+}
+
+/// What the guest paid for its move while it ran.
+fn guest_cost_of(cost: &GuestCost) {
+    let GuestCost { log_ms, longest_log_ms, throttled_ms, throttled_percent, most_percent } = cost;
+    println!("  dirty log  {log_ms}, the longest call {longest_log_ms}");
+    if *most_percent > 0 {
+        println!(
+            "  throttled  {throttled_ms} of the vCPUs' time, {throttled_percent} % since it began, {most_percent} % at most"
+        );
     }
 }
 

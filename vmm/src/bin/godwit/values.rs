@@ -3,6 +3,7 @@
 use clap::ValueEnum;
 use control::{MeasureDirtyRate, MemoryPolicy};
 use std::collections::BTreeMap;
+use std::num::{NonZeroU32, NonZeroU64};
 
 /// Reads a size such as `512M`, `2GiB` or `1048576`, in bytes. Units are powers of 1024: K, M, G, T.
 pub(crate) fn size(text: &str) -> Result<u64, String> {
@@ -21,17 +22,49 @@ pub(crate) fn size(text: &str) -> Result<u64, String> {
     number.checked_mul(1 << shift).ok_or_else(|| format!("{text:?} is more than 64 bits hold"))
 }
 
+/// Reads a rate such as `100M` or `1Gbit`, in bytes a second. Units of bytes are powers of 1024, of bits powers of 1000, as
+/// links are named.
+pub(crate) fn rate(text: &str) -> Result<NonZeroU64, String> {
+    let bytes = match text.to_ascii_lowercase().strip_suffix("bit") {
+        Some(bits) => bits_per_second(text, bits)? / 8,
+        None => size(text).map_err(|error| format!("{error}, or 100Mbit"))?,
+    };
+    NonZeroU64::new(bytes).ok_or_else(|| format!("{text:?} lets nothing go; leave the option out for no limit"))
+}
+
+fn bits_per_second(text: &str, bits: &str) -> Result<u64, String> {
+    let wrong = || format!("{text:?} is not a rate; write for example 100M for bytes, or 100Mbit");
+    let digits = bits.trim_end_matches(['k', 'm', 'g']);
+    let factor = match &bits[digits.len()..] {
+        "" => 1,
+        "k" => 1_000,
+        "m" => 1_000_000,
+        "g" => 1_000_000_000,
+        _ => return Err(wrong()),
+    };
+    digits.parse::<u64>().ok().and_then(|number| number.checked_mul(factor)).ok_or_else(wrong)
+}
+
+/// Reads a time such as `90s`, `250ms`, `10m` or `1h`, in milliseconds.
+pub(crate) fn time(text: &str) -> Result<NonZeroU32, String> {
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let factor = match &text[digits.len()..] {
+        "ms" => 1,
+        "s" => 1000,
+        "m" => 60_000,
+        "h" => 3_600_000,
+        _ => return Err(format!("{text:?} is not a time; write for example 1s or 250ms")),
+    };
+    let number: u32 = digits.parse().map_err(|_| format!("{text:?} is not a time; write for example 1s or 250ms"))?;
+    let ms = number.checked_mul(factor).ok_or_else(|| format!("{text:?} is more than 49 days"))?;
+    NonZeroU32::new(ms).ok_or_else(|| format!("{text:?} is no time at all"))
+}
+
 /// Reads the period of a measurement such as `1s` or `250ms`, in milliseconds.
 pub(crate) fn period(text: &str) -> Result<u32, String> {
-    let wrong = || format!("{text:?} is not a time; write for example 1s or 250ms");
-    let (number, unit) = match text.strip_suffix("ms") {
-        Some(number) => (number, 1),
-        None => (text.strip_suffix('s').ok_or_else(wrong)?, 1000),
-    };
-    let number: u32 = number.parse().map_err(|_| wrong())?;
     let range = MeasureDirtyRate::PERIOD_MS;
-    let period = number.checked_mul(unit).filter(|period| range.contains(period));
-    period.ok_or_else(|| format!("{text:?} is not from {}ms to {}s", range.start(), range.end() / 1000))
+    let period = time(text).ok().map(NonZeroU32::get).filter(|period| range.contains(period));
+    period.ok_or_else(|| format!("{text:?} is not a time from {}ms to {}s", range.start(), range.end() / 1000))
 }
 
 /// A `key=value,key=value,flag` list, whose keys are taken one by one and whose rest is an error.
@@ -124,8 +157,39 @@ mod tests {
         for (text, ms) in [("1s", 1000), ("100ms", 100), ("60s", 60_000)] {
             assert_eq!(period(text), Ok(ms), "{text}");
         }
-        for text in ["", "1", "s", "ms", "-1s", "1.5s", "1m", "99ms", "61s", "4294968s", "0s"] {
+        for text in ["", "1", "s", "ms", "-1s", "1.5s", "2m", "99ms", "61s", "4294968s", "0s"] {
             assert!(period(text).unwrap_err().contains(text), "{text}");
+        }
+    }
+
+    #[test]
+    fn times() {
+        for (text, ms) in [("90s", 90_000), ("1ms", 1), ("10m", 600_000), ("2h", 7_200_000)] {
+            assert_eq!(time(text).map(NonZeroU32::get), Ok(ms), "{text}");
+        }
+        for text in ["", "5", "s", "0s", "-1s", "1.5s", "1 s", "1d", "5000000s", "1000000h"] {
+            assert!(time(text).unwrap_err().contains(text), "{text}");
+        }
+    }
+
+    #[test]
+    fn rates() {
+        for (text, bytes) in [
+            ("100M", 100 << 20),
+            ("1GiB", 1 << 30),
+            ("5000", 5000),
+            ("100Mbit", 12_500_000),
+            ("1Gbit", 125_000_000),
+            ("56kbit", 7000),
+            ("8bit", 1),
+        ] {
+            assert_eq!(rate(text).map(NonZeroU64::get), Ok(bytes), "{text}");
+        }
+        for text in ["0", "0M", "0Gbit", "7bit"] {
+            assert!(rate(text).unwrap_err().contains("lets nothing go"), "{text}");
+        }
+        for text in ["", "fast", "1.5M", "-1M", "Mbit", "1Tbit", "99999999999Gbit", "1kmbit"] {
+            assert!(rate(text).unwrap_err().contains(text), "{text}");
         }
     }
 

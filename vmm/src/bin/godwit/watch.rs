@@ -70,12 +70,15 @@ pub(crate) fn dirty_rate(dirty_rate: &DirtyRate) -> anyhow::Result<u8> {
 
 /// Starts a migration and follows it to its end.
 pub(crate) fn migrate(migrate: &Migrate) -> anyhow::Result<u8> {
-    let client = &migrate.read.client;
+    let (client, goals) = (&migrate.read.client, &migrate.goals);
     let events = Client::new(&client.api).events(After::Now)?;
     let request = Request::StartMigration(StartMigration {
         mode: migrate.mode.into(),
-        max_downtime_ms: migrate.max_downtime,
-        max_rounds: migrate.max_rounds,
+        max_downtime_ms: goals.max_downtime,
+        max_rounds: goals.max_rounds,
+        deadline_ms: goals.deadline,
+        on_stall: goals.on_stall.into(),
+        bandwidth_bytes_per_second: goals.bandwidth,
         timeout_s: migrate.timeout,
         verify: migrate.verify,
         memory: migrate.memory.into(),
@@ -125,7 +128,7 @@ struct Bars {
 
 impl Bars {
     fn progress(&mut self, progress: &Progress) {
-        let Progress { round, remaining_bytes, bytes_per_second, .. } = progress;
+        let Progress { round, remaining_bytes, bytes_per_second, throttled_percent, .. } = progress;
         if *round == 0 {
             return;
         }
@@ -134,7 +137,8 @@ impl Bars {
         let length = bar.length().unwrap_or(0).max(*remaining_bytes);
         bar.set_length(length);
         bar.set_position(length - remaining_bytes);
-        bar.set_message(format!("{}/s", HumanBytes(*bytes_per_second)));
+        let throttled = throttled_percent.map_or_else(String::new, |percent| format!(", throttled by {percent} %"));
+        bar.set_message(format!("{}/s{throttled}", HumanBytes(*bytes_per_second)));
     }
 
     fn round_done(&mut self, round: &RoundInfo) {
