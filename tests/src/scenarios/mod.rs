@@ -11,6 +11,7 @@ mod broken_moves;
 mod debian;
 mod dirty_rate;
 mod ends;
+mod goals;
 mod handmade;
 mod migrate;
 mod passed;
@@ -36,12 +37,16 @@ pub const ALL: &[Scenario] = &[
     readme::API,
     readme::DIRTY_RATE,
     readme::UPGRADE,
+    readme::GOALS,
     readme::MOVES,
     boot::LINUX,
     migrate::MICRO,
     migrate::MICRO_TWO_REGIONS,
     passed::MICRO,
     passed::BROKEN,
+    goals::THROTTLED,
+    goals::OUT_OF_REACH,
+    goals::CONTRADICTORY,
     broken_moves::BROKEN,
     broken_moves::TAKEN_DISK,
     between_hosts::APART,

@@ -50,6 +50,15 @@ pub(super) const UPGRADE: Scenario = Scenario {
     run: upgrade,
 };
 
+/// See its `about`.
+pub(super) const GOALS: Scenario = Scenario {
+    name: "readme-goals",
+    about: "The README's command moves a guest that dirties its memory faster than it may go",
+    needs: Needs::Kvm,
+    timeout: Duration::from_secs(120),
+    run: goals,
+};
+
 fn moves(context: &Context) -> Result<()> {
     for image in ["vmlinux", "initramfs"] {
         symlink(context.images.join(image), context.work.join(image))?;
@@ -92,6 +101,21 @@ fn dirty_rate(context: &Context) -> Result<()> {
     let output = run(context, godwit.folder(), &block("readme-dirty-rate")?)?;
     ensure!(output.contains("dirtied  ") && output.contains("cost  "), "The dirty rate is not told:\n{output}");
     godwit.end()
+}
+
+fn goals(context: &Context) -> Result<()> {
+    let kernel = context.images.join("micro.elf").display().to_string();
+    let words = "--cmdline=ws=16M rate=20000 tick=20";
+    let godwit = Godwit::run(context, "guest", &["--kernel", &kernel, words, "--memory=64M"])?;
+    godwit.console()?.expect("tick", Duration::from_secs(20))?;
+    let folder = godwit.folder().to_owned();
+    symlink("api.sock", folder.join("a.sock"))?;
+    let target = Godwit::receive_at(context, "target", &format!("unix:{}", folder.join("in.sock").display()), &[])?;
+    let output = run(context, &folder, &block("readme-goals")?)?;
+    println!("{output}");
+    ensure!(output.contains("goal met") && output.contains("  throttled  "), "It was not throttled:\n{output}");
+    godwit.finish(Duration::from_secs(10))?.expect(0, "The guest has moved to")?;
+    target.end()
 }
 
 /// The block of commands that says it is run by `scenario`.

@@ -24,7 +24,7 @@ impl Service {
     pub(super) fn start_migration(&mut self, request: &StartMigration) -> Result<Reply, ApiError> {
         check_memory_policy(request)?;
         let job = JobId::random().map_err(|error| ApiError::failed(&error))?;
-        if let Holding::Here(machine) = &self.holding {
+        if let (Holding::Here(machine), true) = (&self.holding, certainly_copies(request)) {
             let checked = feasibility::check(machine.memory(), request, outgoing::codecs(request.codec));
             checked.map_err(|error| match error {
                 Infeasible::Contradiction(why) => {
@@ -122,6 +122,11 @@ impl Service {
         let _ = self.inbox.0.send(Message::Left(settled));
         Ok(Reply::Done)
     }
+}
+
+/// Whether the guest's memory goes over the link, whatever the target says.
+fn certainly_copies(StartMigration { to, memory, .. }: &StartMigration) -> bool {
+    *memory == MemoryPolicy::Copy || matches!(to, PeerAddress::Tcp { .. })
 }
 
 /// Refuses to pass memory where no handle to it can go.
