@@ -1,9 +1,9 @@
 //! Holds all streams of a migration together to a cap of bytes a second.
 //!
 //! A token bucket, kept as the time at which the next byte is due. Frames go in pieces of [`PIECE`] worth of the cap at
-//! most, and what was not used in the last [`BURST`] may be made up for; so no second sees more than their sum, 3.5 %,
-//! above the cap, and a stream sleeps for moments only, however large its frames are. What counts is what streams hand to
-//! their links: the heads of TCP and IP come on top.
+//! most, and what was not used in the last [`BURST`] may be made up for; so no second sees more than their sum, 2 %, above
+//! the cap, but for what threads oversleep. A stream sleeps for moments only, however large its frames are. What counts is
+//! what streams hand to their links: the heads of TCP and IP come on top.
 
 use crate::bell::Bell;
 use crate::clock::Clock;
@@ -16,10 +16,10 @@ use std::time::Duration;
 use vm_memory::VolatileSlice;
 
 /// The longest piece of a frame, in time.
-const PIECE: Duration = Duration::from_millis(10);
+const PIECE: Duration = Duration::from_millis(5);
 
 /// How much may be made up for: a thread that slept for a moment sleeps longer on a busy host.
-const BURST: Duration = Duration::from_millis(25);
+const BURST: Duration = Duration::from_millis(15);
 
 /// The most content of a frame of each stream together, in time: between two frames a source looks whether it should go on.
 const FRAME: Duration = Duration::from_millis(250);
@@ -206,7 +206,7 @@ mod tests {
     fn what_is_due_waits_for_what_went_before() {
         let mut bucket = bucket(RATE);
         let now = Duration::from_secs(7);
-        assert_eq!(bucket.take(250_000, now), Duration::ZERO, "the burst");
+        assert_eq!(bucket.take(150_000, now), Duration::ZERO, "the burst");
         assert_eq!(bucket.take(100_000, now), Duration::ZERO);
         assert_eq!(bucket.take(100_000, now), Duration::from_millis(10));
         assert_eq!(bucket.take(100_000, now + Duration::from_millis(15)), Duration::from_millis(5));

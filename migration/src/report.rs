@@ -50,7 +50,8 @@ pub struct RoundReport {
     pub bytes: u64,
     /// How long the round took.
     pub ms: f64,
-    /// Pages that were dirty again at the end of the round. The target does not know by itself, and says 0.
+    /// Pages to send at the end of the round: written in it, or not come to before it was cut short. The target does not know
+    /// by itself, and says 0.
     pub dirty_at_end: u64,
 }
 
