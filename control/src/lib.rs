@@ -7,6 +7,7 @@
 
 mod address;
 mod client;
+mod cpu_budget;
 mod dirty_rate;
 mod error;
 mod event;
@@ -26,6 +27,7 @@ mod transfer;
 
 pub use address::{AddressError, PeerAddress};
 pub use client::{After, Client, ClientError, EventStream};
+pub use cpu_budget::{CpuBudget, CpuBudgetError};
 pub use dirty_rate::{
     DirtyRate, LastDirtyRate, MeasureDirtyRate, MeasurementCost, MeasurementState, MeasurementStatus, MemorySample,
 };
@@ -34,8 +36,8 @@ pub use event::{EndReason, Event, Events, Happening};
 pub use identity::{NoRandomness, random_uuid};
 pub use metrics::{Family, Label, MetricKind, MetricName, Metrics, Sample, Value};
 pub use migration::{
-    GuestCost, JobId, LastMigration, MigrationMode, MigrationRole, MigrationState, MigrationStatus, MigrationStep,
-    Progress, RoundInfo, RoundKinds, StepInfo, SwitchReason, TargetPart,
+    CodecReason, GuestCost, JobId, LastMigration, MigrationMode, MigrationRole, MigrationState, MigrationStatus,
+    MigrationStep, Progress, RoundCodecs, RoundInfo, RoundKinds, StepInfo, SwitchReason, TargetPart,
 };
 pub use millis::Millis;
 pub use openapi::OPENAPI;
@@ -47,7 +49,7 @@ pub use reply::{
 pub use request::{OnStall, Owner, Pulse, Request, ResolveMigration, SetBalloon, StartMigration, Stop};
 pub use server::{Handler, Limits, Server, ServerError, ServerOptions};
 pub use socket::{ControlSocket, SOCKET_PATH_MAX, SocketError};
-pub use transfer::{Codecs, CodecsError, MemoryPolicy, MemoryTransfer, Packing, Streams, StreamsError};
+pub use transfer::{CodecChoice, Codecs, CodecsError, MemoryPolicy, MemoryTransfer, Packing, Streams, StreamsError};
 pub use uuid::Uuid;
 
 /// The version of the API, part of every path but `/metrics`.

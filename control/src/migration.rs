@@ -4,7 +4,7 @@
 use crate::address::PeerAddress;
 use crate::identity::{NoRandomness, random_uuid};
 use crate::millis::Millis;
-use crate::transfer::MemoryTransfer;
+use crate::transfer::{Codecs, MemoryTransfer};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use uuid::Uuid;
@@ -130,6 +130,58 @@ pub struct RoundInfo {
     pub kinds: RoundKinds,
     /// Pages that were dirty again at its end. Only the source knows it before the migration is over.
     pub dirty_pages: u64,
+    /// The codecs that most of its pages went by, and why. Only the source knows it before the migration is over.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub codec: Option<RoundCodecs>,
+}
+
+/// What most pages of a round went by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RoundCodecs {
+    /// The codecs.
+    pub codecs: Codecs,
+    /// Why these.
+    pub why: CodecReason,
+    /// How fast the link took bytes, where the codecs were chosen by measurements.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub link_bytes_per_second: Option<u64>,
+}
+
+/// Why pages went by certain codecs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum CodecReason {
+    /// They were asked for.
+    Asked,
+    /// Nothing was measured yet.
+    Unmeasured,
+    /// Only to see what they gain.
+    Trial,
+    /// The link takes pages faster than they can be packed.
+    FastLink,
+    /// The link is slower than packing.
+    SlowLink,
+    /// The link is slow, and pages are short without packing.
+    ShortPages,
+    /// The link is slow, but pages do not pack.
+    NothingGained,
+    /// More would take more processor time than it may.
+    Budget,
+}
+
+impl fmt::Display for CodecReason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Asked => "as asked",
+            Self::Unmeasured => "nothing was measured yet",
+            Self::Trial => "a trial",
+            Self::FastLink => "the link takes pages faster than they pack",
+            Self::SlowLink => "the link is slower than packing",
+            Self::ShortPages => "the link is slow, and pages are short without packing",
+            Self::NothingGained => "the link is slow, but pages do not pack",
+            Self::Budget => "more would be over the CPU budget",
+        })
+    }
 }
 
 /// The pages of a round, by the way they went.

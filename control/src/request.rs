@@ -5,9 +5,10 @@
 //! refuse unknown fields: a typing error must not silently become a default.
 
 use crate::address::PeerAddress;
+use crate::cpu_budget::CpuBudget;
 use crate::dirty_rate::MeasureDirtyRate;
 use crate::migration::MigrationMode;
-use crate::transfer::{Codecs, MemoryPolicy, Streams};
+use crate::transfer::{CodecChoice, MemoryPolicy, Streams};
 use serde::{Deserialize, Serialize};
 use std::num::{NonZeroU32, NonZeroU64};
 use std::time::Duration;
@@ -112,9 +113,13 @@ pub struct StartMigration {
     /// The name of the TCP congestion control of the source's connections; the host's usual one if it is absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub congestion: Option<String>,
-    /// Which codecs may make pages smaller.
+    /// Which codecs make pages smaller.
     #[serde(default)]
-    pub codec: Codecs,
+    pub codec: CodecChoice,
+    /// The processors that making pages smaller may take, on average, where measurements choose the codecs. All of this
+    /// host's if it is absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpu_budget: Option<CpuBudget>,
     /// The most memory for copies of pages that were sent, which the codec `delta` compares with.
     #[serde(default = "StartMigration::default_delta_cache_bytes")]
     pub delta_cache_bytes: u64,
@@ -151,7 +156,8 @@ impl StartMigration {
             memory: MemoryPolicy::default(),
             streams: Streams::default(),
             congestion: None,
-            codec: Codecs::default(),
+            codec: CodecChoice::default(),
+            cpu_budget: None,
             delta_cache_bytes: Self::default_delta_cache_bytes(),
         }
     }
@@ -271,6 +277,9 @@ mod tests {
                 r#"{"to":"unix:/x","on_stall":"wait"}"#,
                 "unknown variant `wait`, expected one of `cancel`, `throttle`, `stop`",
             ),
+            (r#"{"to":"unix:/x","cpu_budget":0}"#, "\"0\" is no number of processors"),
+            (r#"{"to":"unix:/x","cpu_budget":-0.5}"#, "\"-0.5\" is no number of processors"),
+            (r#"{"to":"unix:/x","cpu_budget":"1"}"#, "expected f64"),
             (r#"{"to":"unix:/x","streams":0}"#, "0 streams: give it 1 to 64"),
             (r#"{"to":"unix:/x","streams":65}"#, "65 streams: give it 1 to 64"),
             (r#"{"to":"unix:/x","codec":"gzip"}"#, "there is no \"gzip\""),

@@ -2,6 +2,7 @@
 //! which codecs.
 
 use serde::{Deserialize, Serialize};
+use serde_json::Number;
 use std::fmt;
 use std::num::NonZeroU16;
 use std::str::FromStr;
@@ -30,24 +31,41 @@ pub enum MemoryTransfer {
     Passed,
 }
 
-/// Over how many connections the memory of a guest goes, 1 to [`Streams::MAX`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(try_from = "u16", into = "u16")]
-pub struct Streams(NonZeroU16);
+/// Over how many connections the memory of a guest goes: 1 to [`Streams::MAX`], or as many as seem best.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "NumberOrWord", into = "NumberOrWord")]
+pub enum Streams {
+    /// As many as seem best.
+    #[default]
+    Auto,
+    /// So many.
+    Count(NonZeroU16),
+}
 
 /// A number of streams that is not possible.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
-#[error("{0} streams: give it 1 to {max}", max = Streams::MAX)]
+#[error("{0} streams: give it 1 to {max}, or auto", max = Streams::MAX)]
 pub struct StreamsError(String);
+
+/// Streams in JSON.
+#[derive(Serialize, Deserialize)]
+#[serde(untagged)]
+enum NumberOrWord {
+    Number(Number),
+    Word(String),
+}
 
 impl Streams {
     /// The most of them.
     pub const MAX: u16 = 64;
-}
 
-impl Default for Streams {
-    fn default() -> Self {
-        Self(NonZeroU16::MIN)
+    /// How many, where that was said.
+    #[must_use]
+    pub fn count(self) -> Option<NonZeroU16> {
+        match self {
+            Self::Auto => None,
+            Self::Count(count) => Some(count),
+        }
     }
 }
 
@@ -56,7 +74,7 @@ impl TryFrom<u16> for Streams {
 
     fn try_from(streams: u16) -> Result<Self, StreamsError> {
         let possible = NonZeroU16::new(streams).filter(|streams| streams.get() <= Self::MAX);
-        possible.map(Self).ok_or_else(|| StreamsError(streams.to_string()))
+        possible.map(Self::Count).ok_or_else(|| StreamsError(streams.to_string()))
     }
 }
 
@@ -64,19 +82,38 @@ impl FromStr for Streams {
     type Err = StreamsError;
 
     fn from_str(text: &str) -> Result<Self, StreamsError> {
+        if text == "auto" {
+            return Ok(Self::Auto);
+        }
         text.parse().ok().and_then(|streams: u16| streams.try_into().ok()).ok_or_else(|| StreamsError(text.to_owned()))
     }
 }
 
-impl From<Streams> for u16 {
-    fn from(Streams(streams): Streams) -> Self {
-        streams.get()
+impl TryFrom<NumberOrWord> for Streams {
+    type Error = StreamsError;
+
+    fn try_from(streams: NumberOrWord) -> Result<Self, StreamsError> {
+        match streams {
+            NumberOrWord::Number(number) => number.to_string().parse(),
+            // A number in quotes is none.
+            NumberOrWord::Word(word) if word == "auto" => Ok(Self::Auto),
+            NumberOrWord::Word(word) => Err(StreamsError(format!("{word:?}"))),
+        }
     }
 }
 
-impl From<Streams> for NonZeroU16 {
-    fn from(Streams(streams): Streams) -> Self {
-        streams
+impl From<Streams> for NumberOrWord {
+    fn from(streams: Streams) -> Self {
+        streams.count().map_or_else(|| Self::Word(streams.to_string()), |count| Self::Number(count.get().into()))
+    }
+}
+
+impl fmt::Display for Streams {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Auto => f.write_str("auto"),
+            Self::Count(count) => count.fmt(f),
+        }
     }
 }
 
@@ -92,7 +129,18 @@ pub enum Packing {
     Zstd(u8),
 }
 
-/// Which codecs may make pages smaller; as text, their names with commas between, or `none`.
+/// Who says which codecs make pages smaller.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub enum CodecChoice {
+    /// Measurements do, while pages move.
+    #[default]
+    Auto,
+    /// These do, and no others.
+    These(Codecs),
+}
+
+/// Which codecs make pages smaller; as text, their names with commas between, or `none`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct Codecs {
@@ -111,8 +159,8 @@ pub struct Codecs {
 /// What is no list of codecs.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 #[error(
-    "{text:?} is no list of codecs: {why}; write none, or some of zero, rle, delta, dedup, lz4, zstd and zstd:1 to zstd:9 \
-     with commas between"
+    "{text:?} is no list of codecs: {why}; write auto, none, or some of zero, rle, delta, dedup, lz4, zstd and zstd:1 to \
+     zstd:9 with commas between"
 )]
 pub struct CodecsError {
     text: String,
@@ -135,7 +183,7 @@ impl Codecs {
                 Ok(level @ 1..=9) => return self.pack(Packing::Zstd(level)),
                 _ => return Err(format!("zstd has no level {level:?}")),
             },
-            ("none", None) => return Err("none goes with no other".to_owned()),
+            (alone @ ("none" | "auto"), None) => return Err(format!("{alone} goes with no other")),
             _ => return Err(format!("there is no {name:?}")),
         }
         Ok(())
@@ -149,9 +197,34 @@ impl Codecs {
     }
 }
 
-impl Default for Codecs {
-    fn default() -> Self {
-        Self { zero: true, ..Self::NONE }
+impl FromStr for CodecChoice {
+    type Err = CodecsError;
+
+    fn from_str(text: &str) -> Result<Self, CodecsError> {
+        if text == "auto" { Ok(Self::Auto) } else { text.parse().map(Self::These) }
+    }
+}
+
+impl fmt::Display for CodecChoice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Auto => f.write_str("auto"),
+            Self::These(codecs) => codecs.fmt(f),
+        }
+    }
+}
+
+impl TryFrom<String> for CodecChoice {
+    type Error = CodecsError;
+
+    fn try_from(text: String) -> Result<Self, CodecsError> {
+        text.parse()
+    }
+}
+
+impl From<CodecChoice> for String {
+    fn from(choice: CodecChoice) -> Self {
+        choice.to_string()
     }
 }
 
@@ -209,7 +282,8 @@ mod tests {
             assert_eq!(text.parse::<Codecs>().unwrap().to_string(), text);
         }
         assert_eq!("zstd,zero".parse::<Codecs>().unwrap().to_string(), "zstd:1");
-        assert_eq!(Codecs::default().to_string(), "zero");
+        assert_eq!("auto".parse(), Ok(CodecChoice::Auto));
+        assert_eq!("zero".parse::<CodecChoice>().unwrap().to_string(), "zero");
         assert!("delta".parse::<Codecs>().unwrap().zero, "it brings zero along");
     }
 
@@ -219,13 +293,29 @@ mod tests {
             ("", r#"there is no """#),
             ("gzip", r#"there is no "gzip""#),
             ("rle,none", "none goes with no other"),
+            ("auto,rle", "auto goes with no other"),
             ("zstd:0", r#"zstd has no level "0""#),
             ("zstd:10", r#"zstd has no level "10""#),
             ("lz4:3", r#"there is no "lz4:3""#),
             ("lz4,zstd", "not packed again"),
         ] {
-            let error = text.parse::<Codecs>().unwrap_err().to_string();
+            let error = text.parse::<CodecChoice>().unwrap_err().to_string();
             assert!(error.contains(why) && error.contains("zero, rle, delta, dedup, lz4, zstd"), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn streams_are_numbers_or_the_word_auto() {
+        for (json, streams) in
+            [("\"auto\"", Streams::Auto), ("1", 1.try_into().unwrap()), ("64", 64.try_into().unwrap())]
+        {
+            assert_eq!(serde_json::from_str::<Streams>(json).unwrap(), streams);
+            assert_eq!(serde_json::to_string(&streams).unwrap(), json);
+            assert_eq!(streams.to_string().parse(), Ok(streams));
+        }
+        for json in ["0", "65", "70000", "-1", "1.5", "\"1\"", "\"many\""] {
+            let error = serde_json::from_str::<Streams>(json).unwrap_err().to_string();
+            assert!(error.contains(&format!("{json} streams: give it 1 to 64, or auto")), "{json}: {error}");
         }
     }
 }

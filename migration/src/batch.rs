@@ -31,6 +31,8 @@ pub(crate) struct Method<'a> {
     pub(crate) codecs: Codecs,
     pub(crate) history: &'a History,
     pub(crate) round: u32,
+    /// The most pages to take, if there is a limit beside those of every frame.
+    pub(crate) pages: Option<u32>,
 }
 
 /// The frame under way. Its buffers are used again for each frame.
@@ -41,14 +43,23 @@ pub(crate) struct Batch {
     packer: Packer,
     counts: PageCounts,
     most_pages: u32,
+    encoded: Encoded,
+}
+
+/// Bytes in the block of the pages whose bytes are not known by their number.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Encoded {
+    pub(crate) rle: u64,
+    pub(crate) delta: u64,
 }
 
 impl Batch {
     /// An empty batch, for at most so many pages with content.
     pub(crate) fn new(most_pages: u32) -> Self {
         let records = Vec::with_capacity(MAX_RECORDS);
-        let counts = PageCounts::default();
-        Self { records, block: Vec::new(), packer: Packer::new(), counts, most_pages: most_pages.min(MAX_RAW_PAGES) }
+        let (counts, encoded) = (PageCounts::default(), Encoded::default());
+        let most_pages = most_pages.min(MAX_RAW_PAGES);
+        Self { records, block: Vec::new(), packer: Packer::new(), counts, most_pages, encoded }
     }
 
     /// The records, in order.
@@ -59,6 +70,11 @@ impl Batch {
     /// How many pages of each kind are in the batch.
     pub(crate) fn counts(&self) -> PageCounts {
         self.counts
+    }
+
+    /// Bytes in the block by some kinds of pages.
+    pub(crate) fn encoded(&self) -> Encoded {
+        self.encoded
     }
 
     /// What the frame says.
@@ -78,8 +94,8 @@ impl Batch {
     ) -> Result<bool, HostError> {
         self.records.clear();
         self.block.clear();
-        self.counts = PageCounts::default();
-        while let Some(run) = ledger.take_run(self.room()) {
+        (self.counts, self.encoded) = (PageCounts::default(), Encoded::default());
+        while let Some(run) = ledger.take_run(self.room(method.pages)) {
             let taken = self.add(run, guest, method)?;
             if taken < run.pages {
                 let first = PageIndex(run.first.0 + u64::from(taken));
@@ -91,15 +107,16 @@ impl Batch {
     }
 
     /// How many more pages may be looked at, whatever they turn out to be.
-    fn room(&self) -> u32 {
+    fn room(&self, limit: Option<u32>) -> u32 {
         let scanned = self.counts.zero + self.counts.same;
         if scanned >= u64::from(SCAN_PAGES) || self.records.len() == MAX_RECORDS {
             return 0;
         }
         let in_block = (MAX_BLOCK - self.block.len()) / PAGE_SIZE;
         let with_content = self.counts.sent() - self.counts.zero;
-        u32::try_from(u64::from(self.most_pages).saturating_sub(with_content).min(in_block as u64))
-            .expect("the minimum of two small numbers")
+        let left = limit.map_or(u64::MAX, |limit| u64::from(limit).saturating_sub(self.counts.all()));
+        u32::try_from(u64::from(self.most_pages).saturating_sub(with_content).min(in_block as u64).min(left))
+            .expect("the minimum of some numbers, of which two are small")
     }
 
     /// Adds the pages of a run, as many as there are records for; returns how many.
@@ -128,12 +145,15 @@ impl Batch {
 
     /// Adds one page, for which there is room.
     fn look_at(&mut self, page: &VolatileSlice<'_>, id: PageId, method: Method<'_>) {
-        let Method { codecs, history, round } = method;
+        let Method { codecs, history, round, pages: _ } = method;
         let one = PageRun { region: id.region, first: id.page, pages: 1 };
         if codecs.zero && is_zero(page) {
             history.forget(one);
             self.record(one, PageCode::Zero);
             return;
+        }
+        if !codecs.delta {
+            history.forget(one);
         }
         if codecs.leave_raw() && !codecs.rle {
             self.record(one, PageCode::Raw);
@@ -141,7 +161,10 @@ impl Batch {
         }
         let mut content: Page = [0; PAGE_SIZE];
         page.copy_to(&mut content);
-        let code = match history.compare(id, &content, round, &mut self.block) {
+        let before = self.block.len();
+        let compared =
+            if codecs.delta { history.compare(id, &content, round, &mut self.block) } else { Compared::Declined };
+        let code = match compared {
             Compared::Same => {
                 self.counts.same += 1;
                 return;
@@ -149,13 +172,21 @@ impl Batch {
             Compared::Written => PageCode::Delta,
             Compared::Declined => self.encode_whole(&content, id, method),
         };
+        let bytes = (self.block.len() - before) as u64;
+        match code {
+            PageCode::Rle => self.encoded.rle += bytes,
+            PageCode::Delta => self.encoded.delta += bytes,
+            PageCode::Raw | PageCode::Zero | PageCode::Plain | PageCode::Copy => {}
+        }
         self.record(one, code);
     }
 
     /// Encodes a page without regard to what it was before.
     fn encode_whole(&mut self, content: &Page, id: PageId, method: Method<'_>) -> PageCode {
-        let Method { codecs, history, round: _ } = method;
-        if let Some(reference) = history.find(id, content) {
+        let Method { codecs, history, round: _, pages: _ } = method;
+        if codecs.dedup
+            && let Some(reference) = history.find(id, content)
+        {
             reference.encode(&mut self.block);
             return PageCode::Copy;
         }
@@ -205,10 +236,10 @@ mod tests {
         records
     }
 
-    static NONE: LazyLock<History> = LazyLock::new(History::none);
+    static NONE: LazyLock<History> = LazyLock::new(|| History::new(0, &[]));
 
     fn zeros() -> Method<'static> {
-        Method { codecs: Codecs::ZERO, history: &NONE, round: 1 }
+        Method { codecs: Codecs::ZERO, history: &NONE, round: 1, pages: None }
     }
 
     fn still() -> (FakeGuest, SharedLedger) {

@@ -1,5 +1,6 @@
 //! Time as the engine sees it: a monotonic reading and a way to wait, so that tests can run without either.
 
+use rustix::time::{ClockId, clock_gettime};
 use std::time::{Duration, Instant};
 
 /// A clock that never goes back.
@@ -9,6 +10,9 @@ pub trait Clock: Sync {
 
     /// Lets `time` pass.
     fn sleep(&self, time: Duration);
+
+    /// Processor time that the calling thread has taken, since some fixed moment in the past.
+    fn thread_cpu(&self) -> Duration;
 }
 
 /// The host's monotonic clock.
@@ -38,5 +42,10 @@ impl Clock for HostClock {
 
     fn sleep(&self, time: Duration) {
         std::thread::sleep(time);
+    }
+
+    fn thread_cpu(&self) -> Duration {
+        // The kernel counts it from 0.
+        clock_gettime(ClockId::ThreadCPUTime).try_into().unwrap_or_default()
     }
 }

@@ -35,6 +35,8 @@ mod digest;
 mod history;
 mod pacer;
 mod page_set;
+mod policy;
+mod stream_count;
 mod zero;
 
 #[cfg(test)]
@@ -51,6 +53,7 @@ pub use digest::TranscriptDigest;
 pub use guest::{Claim, Claims, Description, GuestPages, HandleOf, HostError, Offer, Refusal, SourceGuest, TargetHost};
 pub use ledger::DirtyLedger;
 pub use link::{Cutter, Link, LinkError};
+pub use policy::{Chosen, Why};
 pub use progress::{Moved, Observer, Phase, Progress, Unobserved};
 pub use region::{MAX_REGION_PAGES, MAX_REGIONS, PAGE_SIZE, PageIndex, PageRun, RamRegion, RegionId, total_pages};
 pub use report::{Ending, PhaseReport, Report, Role, RoundReport, TargetPart};

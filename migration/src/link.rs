@@ -76,6 +76,9 @@ pub trait Link: Send + 'static {
     /// The time a byte and its answer need, if the link knows it.
     fn round_trip(&self) -> Option<Duration>;
 
+    /// Whether both ends are on this host, as far as the link knows: its bytes go no further than memory then.
+    fn same_host(&self) -> bool;
+
     /// Bytes that were sent but that the peer has not received as far as this end knows; 0 if it does not know.
     fn in_flight(&self) -> u64;
 

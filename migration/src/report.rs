@@ -6,6 +6,7 @@
 
 use crate::convergence::SwitchReason;
 use crate::counts::PageCounts;
+use crate::policy::Chosen;
 use crate::progress::Phase;
 use crate::throttling::GuestCost;
 use crate::wire::{Mode, Running, Transfer};
@@ -53,6 +54,8 @@ pub struct RoundReport {
     /// Pages to send at the end of the round: written in it, or not come to before it was cut short. The target does not know
     /// by itself, and says 0.
     pub dirty_at_end: u64,
+    /// The codecs that most of its pages went by, and why. The target does not know by itself.
+    pub chosen: Option<Chosen>,
 }
 
 /// How long one phase took.
@@ -166,6 +169,9 @@ pub(crate) fn per_second(bytes: u64, ms: f64) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::codec::Codecs;
+    use crate::codec::block::{Packing, ZstdLevel};
+    use crate::policy::Why;
 
     /// The JSON of a report, which scripts read: a change of what is there is a break.
     const GOLDEN: &str = r#"{
@@ -191,7 +197,20 @@ mod tests {
       },
       "bytes": 24612,
       "ms": 1.5,
-      "dirty_at_end": 2
+      "dirty_at_end": 2,
+      "chosen": {
+        "codecs": {
+          "zero": true,
+          "rle": true,
+          "delta": false,
+          "dedup": false,
+          "packing": {
+            "zstd": 1
+          }
+        },
+        "why": "slow_link",
+        "link_bytes_per_second": 117000000.0
+      }
     }
   ],
   "bytes": 24700,
@@ -226,7 +245,10 @@ mod tests {
     fn golden_json() {
         let kinds = PageCounts { raw: 6, zero: 4, ..PageCounts::default() };
         let bytes = 24_612;
-        let rounds = vec![RoundReport { round: 1, pages: 10, zero_pages: 4, kinds, bytes, ms: 1.5, dirty_at_end: 2 }];
+        let codecs = Codecs { rle: true, packing: Packing::Zstd(ZstdLevel::MIN), ..Codecs::ZERO };
+        let chosen = Some(Chosen { codecs, why: Why::SlowLink, link_bytes_per_second: Some(117e6) });
+        let round = RoundReport { round: 1, pages: 10, zero_pages: 4, kinds, bytes, ms: 1.5, dirty_at_end: 2, chosen };
+        let rounds = vec![round];
         let report = Report {
             role: Role::Source,
             session: Uuid::from_u128(1),

@@ -35,7 +35,7 @@ fn types() -> BTreeMap<&'static str, Pass> {
     types! {
         VmInfo Phase DirtyTrackerKind Stop BalloonInfo SetBalloon DiskList DiskInfo DiskCounters NicList NicInfo
         NicBackend NicCounters StartMigration PeerAddress OnStall MigrationMode MemoryPolicy MemoryTransfer MigrationRole MigrationState
-        MigrationStep JobStarted LastMigration MigrationStatus Progress RoundInfo RoundKinds StepInfo SwitchReason GuestCost TargetPart
+        MigrationStep JobStarted LastMigration MigrationStatus Progress RoundInfo RoundCodecs CodecReason RoundKinds StepInfo SwitchReason GuestCost TargetPart
         ResolveMigration Owner Pulse Pulsed Happening Event
         EndReason MeasureDirtyRate LastDirtyRate MeasurementStatus MeasurementState DirtyRate MemorySample MeasurementCost ErrorBody Code
     }
@@ -249,7 +249,8 @@ fn what_the_types_write_is_described() {
         memory: MemoryPolicy::Copy,
         streams: Streams::default(),
         congestion: Some("bbr".to_owned()),
-        codec: Codecs::default(),
+        codec: CodecChoice::default(),
+        cpu_budget: Some("0.5".parse().unwrap()),
         delta_cache_bytes: 0,
     };
     described("StartMigration", json!(start));

@@ -6,15 +6,23 @@
 
 use super::{BlockCode, Malformed};
 use crate::region::PAGE_SIZE;
+use serde::{Deserialize, Serialize};
 use std::fmt;
+use thiserror::Error;
 use zstd::zstd_safe::{CCtx, CParameter, DCtx};
 
 /// The longest block, in bytes: 256 pages that travel plain.
 pub const MAX_BLOCK: usize = 256 * PAGE_SIZE;
 
 /// A level of Zstandard, from 1 (fast) to 9 (small). Above 9 no processor keeps a link busy.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "u8", into = "u8")]
 pub struct ZstdLevel(u8);
+
+/// A number that is no level.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+#[error("Zstandard has no level {0} here; it has 1 to 9")]
+pub struct NoSuchLevel(u8);
 
 impl ZstdLevel {
     /// The fastest level.
@@ -24,8 +32,8 @@ impl ZstdLevel {
 
     /// The level of a number; `None` if it is not from 1 to 9.
     #[must_use]
-    pub fn new(level: u8) -> Option<Self> {
-        (Self::MIN.0..=Self::MAX.0).contains(&level).then_some(Self(level))
+    pub const fn new(level: u8) -> Option<Self> {
+        if Self::MIN.0 <= level && level <= Self::MAX.0 { Some(Self(level)) } else { None }
     }
 
     /// Its number.
@@ -35,8 +43,23 @@ impl ZstdLevel {
     }
 }
 
+impl TryFrom<u8> for ZstdLevel {
+    type Error = NoSuchLevel;
+
+    fn try_from(level: u8) -> Result<Self, NoSuchLevel> {
+        Self::new(level).ok_or(NoSuchLevel(level))
+    }
+}
+
+impl From<ZstdLevel> for u8 {
+    fn from(ZstdLevel(level): ZstdLevel) -> Self {
+        level
+    }
+}
+
 /// How to pack a block.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Packing {
     /// Not at all.
     Stored,

@@ -34,6 +34,7 @@ mod samples;
 
 use crate::region::{PAGE_SIZE, PageIndex, RegionId};
 use block::Packing;
+use serde::{Deserialize, Serialize};
 use std::fmt;
 use thiserror::Error;
 
@@ -137,8 +138,8 @@ impl fmt::Display for BlockCode {
     }
 }
 
-/// Which codecs a source may use.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// Which codecs are in use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Codecs {
     /// Zero pages are told, not sent. Without it only pages that the host never backed are.
     pub zero: bool,

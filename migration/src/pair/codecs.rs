@@ -8,7 +8,7 @@ use crate::codec::block::{Packing, ZstdLevel};
 use crate::codec::{BlockCode, Codecs};
 use crate::report::RoundReport;
 use crate::source::Plan;
-use crate::{Mode, PageCounts, Report, Role};
+use crate::{Mode, PageCounts, Report, Role, Why};
 use std::num::NonZeroU16;
 
 const ZSTD: Packing = Packing::Zstd(ZstdLevel::MIN);
@@ -18,7 +18,7 @@ fn all() -> Codecs {
 }
 
 fn with(codecs: Codecs, streams: u16, mode: Mode) -> Plan {
-    Plan { codecs, streams: NonZeroU16::new(streams).unwrap(), verify: true, ..plan(mode) }
+    Plan { codecs: Some(codecs), streams: NonZeroU16::new(streams), verify: true, ..plan(mode) }
 }
 
 fn sum(rounds: &[RoundReport]) -> PageCounts {
@@ -98,5 +98,18 @@ fn every_harm_to_encoded_pages_leaves_one_owner() {
         let faults = vec![FaultAt { sender: SOURCE, stream, frame: 1, harm }];
         let fate = survive(&with(all(), 2, Mode::Live), Weather { faults, ..Weather::default() });
         assert!(fate == Fate::Stayed || harm == Harm::CutAfter, "{harm:?} on stream {stream}: {fate:?}");
+    }
+}
+
+/// The link of these tests takes 1 GB/s, and encoding takes no time there: every codec pays.
+#[test]
+fn codecs_chosen_by_measurement_bring_every_page() {
+    for (streams, mode) in [(1, Mode::Live), (3, Mode::Live), (1, Mode::Stop), (3, Mode::Stop)] {
+        let plan = Plan { codecs: None, ..with(Codecs::NONE, streams, mode) };
+        let Success { source, target, .. } = moves(&plan, 3, Weather::default());
+        assert_eq!(target, Report { role: Role::Target, ..source.clone() }, "both ends tell the same");
+        let chosen: Vec<_> = source.rounds.iter().filter_map(|round| round.chosen).collect();
+        assert_eq!(chosen.len(), source.rounds.len());
+        assert!(chosen.iter().all(|chosen| chosen.why != Why::Asked), "{chosen:?}");
     }
 }

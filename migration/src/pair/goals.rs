@@ -120,7 +120,7 @@ fn a_guest_that_stays_is_not_throttled() {
 fn hurried(deadline: Duration, on_stall: OnStall, streams: u16) -> Plan {
     let plan = fast_writer(on_stall);
     let goal = Goal { deadline: Some(deadline), max_downtime: Duration::from_millis(20), ..plan.goal };
-    Plan { goal, streams: NonZeroU16::new(streams).unwrap(), ..plan }
+    Plan { goal, streams: Some(NonZeroU16::new(streams).unwrap()), ..plan }
 }
 
 /// The memory takes two seconds by itself, and the guest writes all the time.
@@ -166,7 +166,7 @@ fn a_cap_holds_over_any_second_and_all_streams() {
     for (cap, streams) in [(MIB, 1), (MIB, 4), (3 * MIB, 16)] {
         let cap = NonZeroU64::new(cap).unwrap();
         let streams = NonZeroU16::new(streams).unwrap();
-        let plan = Plan { bandwidth: Some(cap), streams, ..plan(Mode::Live) };
+        let plan = Plan { bandwidth: Some(cap), streams: Some(streams), ..plan(Mode::Live) };
         let world = World::new();
         let guest = FakeGuest::new(&world);
         let (memory, mut host) = (Arc::clone(&guest.memory), FakeHost::new(&world));

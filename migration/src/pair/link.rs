@@ -476,6 +476,10 @@ impl Link for End {
         self.shared.lock().weather.round_trip
     }
 
+    fn same_host(&self) -> bool {
+        false
+    }
+
     fn in_flight(&self) -> u64 {
         0
     }
@@ -503,5 +507,9 @@ impl Clock for VirtualClock {
 
     fn sleep(&self, time: Duration) {
         self.shared.wait(0, self.side, time, |_| false);
+    }
+
+    fn thread_cpu(&self) -> Duration {
+        Duration::ZERO
     }
 }

@@ -15,8 +15,9 @@ use crate::link::Link;
 use crate::progress::{Observer, Progress};
 use crate::source::{self, InDoubt, Outcome, Plan, Surroundings};
 use crate::target::{self, Arrival, Fault, Reception, receive};
-use crate::{CancelToken, Goal, MemoryPolicy, Mode};
+use crate::{CancelToken, Codecs, Goal, MemoryPolicy, Mode};
 use link::{Door, End, FaultAt, VirtualClock, connect};
+use std::num::NonZeroU16;
 use std::time::Duration;
 use uuid::Uuid;
 use world::{FakeGuest, FakeHost, MemoryClaims, World};
@@ -73,7 +74,8 @@ pub(super) const PATIENCE: Duration = Duration::from_secs(30);
 
 pub(super) fn plan(mode: Mode) -> Plan {
     let (memory, goal) = (MemoryPolicy::Copy, Goal { max_rounds: 4, ..Goal::default() });
-    Plan { memory, goal, patience: PATIENCE, ..Plan::new(Uuid::new_v4(), mode) }
+    let (codecs, streams) = (Some(Codecs::ZERO), Some(NonZeroU16::MIN));
+    Plan { memory, goal, patience: PATIENCE, codecs, streams, ..Plan::new(Uuid::new_v4(), mode) }
 }
 
 /// Migrates `guest` into `host` with both ends of the real engine.

@@ -26,7 +26,7 @@ fn memory_that_is_passed_is_not_sent() {
         for memory in [MemoryPolicy::Pass, MemoryPolicy::Auto] {
             let streams = NonZeroU16::new(5).unwrap();
             let Success { source, target, host, .. } =
-                moves(&Plan { memory, streams, ..passing(mode) }, 3, Weather::default());
+                moves(&Plan { memory, streams: Some(streams), ..passing(mode) }, 3, Weather::default());
             assert_eq!((source.mode, source.transfer), (mode, Transfer::Passed));
             assert!(host.passed && host.touched.lock().unwrap().dirty_pages() == 0, "its pages are not even read");
             assert!(source.rounds.is_empty() && source.bytes < 4096, "{source:?}");
@@ -60,7 +60,7 @@ fn a_passed_guest_keeps_no_dirty_log() {
 #[test]
 fn where_memory_cannot_be_passed_it_is_copied() {
     for weather in [Handles::GetLost, Handles::AreNotTaken] {
-        let auto = Plan { memory: MemoryPolicy::Auto, streams: NonZeroU16::new(3).unwrap(), ..plan(Mode::Live) };
+        let auto = Plan { memory: MemoryPolicy::Auto, streams: Some(NonZeroU16::new(3).unwrap()), ..plan(Mode::Live) };
         let Success { source, target, host, .. } = moves(&auto, 2, handles(weather));
         assert!(!host.passed && source.transfer == Transfer::Copied && !source.rounds.is_empty(), "{source:?}");
         assert_eq!(target, Report { role: Role::Target, ..source }, "both ends tell the same");

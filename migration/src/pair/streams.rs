@@ -11,7 +11,7 @@ use crate::{Mode, Report, Role};
 use std::num::NonZeroU16;
 
 fn over(streams: u16, mode: Mode) -> Plan {
-    Plan { streams: NonZeroU16::new(streams).unwrap(), ..plan(mode) }
+    Plan { streams: NonZeroU16::new(streams), ..plan(mode) }
 }
 
 #[test]

@@ -5,7 +5,7 @@
 
 use super::custody::Custody;
 use super::drive::{Answer, Drive};
-use super::streams::Streams;
+use super::streams::{Chooser, Streams};
 use super::{Outcome, Plan, SourceError, Surroundings};
 use crate::cancel::CancelToken;
 use crate::clock::Clock;
@@ -15,6 +15,7 @@ use crate::link::Link;
 use crate::progress::Unobserved;
 use crate::report::{Ending, Report};
 use crate::wire::{Frame, Kind};
+use std::num::NonZeroU16;
 use std::time::Duration;
 use uuid::Uuid;
 
@@ -70,7 +71,7 @@ impl<G: SourceGuest> InDoubt<G> {
     pub fn ask<L: Link>(self, link: &mut L, clock: &dyn Clock) -> Outcome<G> {
         let plan = Plan { patience: self.patience, ..Plan::new(self.session(), self.report.mode) };
         let around = Surroundings { clock, cancel: &CancelToken::new(), observer: &mut Unobserved };
-        let streams = Streams::new(Codecs::NONE, None);
+        let streams = Streams::new(NonZeroU16::MIN, Chooser::User(Codecs::NONE), None);
         let mut drive = Drive::new(link, &plan, &streams, around);
         let query = Frame::Query { session: plan.session, claims: self.claims };
         match drive.send(&query).and_then(|()| drive.answer_regardless(Kind::Verdict)) {

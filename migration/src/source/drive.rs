@@ -2,10 +2,10 @@
 //! guest.
 
 use super::error::SourceError;
+use super::sender::Sender;
 use super::steering::{Course, Left, Steering, Then, timed};
-use super::streams::{Streams, send_batch};
+use super::streams::Streams;
 use super::{Plan, Surroundings};
-use crate::batch::{Batch, Method};
 use crate::cancel::CancelToken;
 use crate::channel::{Channel, TICK, in_words};
 use crate::clock::Clock;
@@ -51,7 +51,7 @@ pub(super) struct Drive<'a, L> {
     observer: &'a mut dyn Observer,
     channel: Channel<'a, L>,
     inbox: Vec<u8>,
-    batch: Batch,
+    sender: Sender<'a>,
     pub(super) streams: &'a Streams,
     steering: Steering,
     started: Duration,
@@ -82,7 +82,7 @@ impl<'a, L: Link> Drive<'a, L> {
             observer,
             channel: Channel::new(link).paced(streams.pace(clock)),
             inbox: Vec::new(),
-            batch: streams.batch(),
+            sender: Sender::new(streams, clock),
             streams,
             steering: Steering::new(plan.goal, plan.bandwidth, started),
             started,
@@ -112,14 +112,13 @@ impl<'a, L: Link> Drive<'a, L> {
     }
 
     /// Notes how the guest's memory gets to the target, and gets ready to send its pages if they are to be sent.
-    pub(super) fn memory_goes(&mut self, transfer: Transfer, regions: &[RamRegion]) -> Result<(), SourceError> {
+    pub(super) fn memory_goes(&mut self, transfer: Transfer, regions: &[RamRegion]) {
         self.account.transfer = transfer;
         match transfer {
-            Transfer::Passed => Ok(()),
+            Transfer::Passed => {}
             Transfer::Copied => {
                 let pages: Vec<_> = regions.iter().map(|region| region.pages).collect();
-                let prepared = self.streams.prepare(&pages, self.plan.delta_cache);
-                prepared.map_err(|source| SourceError::Guest { step: "get a ledger of its pages", source })
+                self.streams.prepare(&pages, self.plan.delta_cache);
             }
         }
     }
@@ -290,9 +289,9 @@ impl<'a, L: Link> Drive<'a, L> {
             }
         };
         streams.order(round);
-        let method = streams.method(round);
-        while !streams.is_cut_short() && self.send_batch(memory, method)? {
-            streams.sent.add(self.batch.counts());
+        self.sender.begin_round(self.channel.link());
+        while !streams.is_cut_short() && self.send_batch(memory, round)? {
+            streams.sent.add(self.sender.counts());
             moved(self);
             self.check()?;
             cut(self);
@@ -309,7 +308,8 @@ impl<'a, L: Link> Drive<'a, L> {
         let in_flight = self.in_flight();
         let received = (bytes + in_flight_before).saturating_sub(in_flight);
         self.steering.sent(Round { number: round, kinds, bytes, received, time });
-        Ok(RoundReport { round, pages, zero_pages, kinds, bytes, ms: ms(time), dirty_at_end: 0 })
+        let chosen = Some(streams.chosen());
+        Ok(RoundReport { round, pages, zero_pages, kinds, bytes, ms: ms(time), dirty_at_end: 0, chosen })
     }
 
     /// Waits a moment for the further streams; whether they still send.
@@ -327,8 +327,8 @@ impl<'a, L: Link> Drive<'a, L> {
     }
 
     /// Sends one batch over the first stream. `false` if no page was left.
-    fn send_batch<P: GuestPages>(&mut self, memory: &P, method: Method<'_>) -> Result<bool, SourceError> {
-        match send_batch(&mut self.channel, &mut self.batch, &self.streams.ledger, memory, method) {
+    fn send_batch<P: GuestPages>(&mut self, memory: &P, round: u32) -> Result<bool, SourceError> {
+        match self.sender.send(&mut self.channel, memory, round) {
             Err(SourceError::Link(error)) => Err(self.explain(error)),
             sent => sent,
         }

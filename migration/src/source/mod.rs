@@ -16,6 +16,7 @@ mod custody;
 mod doubt;
 mod drive;
 mod error;
+mod sender;
 mod steering;
 mod streams;
 
@@ -32,18 +33,21 @@ use crate::digest;
 use crate::guest::{Description, GuestPages, HandleOf, SourceGuest};
 use crate::link::{Link, LinkError};
 use crate::pacer::Pacer;
+use crate::policy::{self, Policy};
 use crate::progress::{Observer, Phase};
 use crate::region::{MAX_REGION_PAGES, MAX_REGIONS, RamRegion};
 use crate::report::Report;
+use crate::stream_count::{self, Known};
 use crate::wire::{Frame, Hello, Kind, MAX_MACHINE, MAX_STATE, Mode, Seal, Transfer};
 use custody::{Custody, Step};
 use drive::{Answer, Drive};
 use std::fmt;
 use std::num::{NonZeroU16, NonZeroU64};
+use std::sync::Mutex;
 use std::thread::{self, Scope};
 use std::time::Duration;
 use steering::Then;
-use streams::{Crew, Streams, Terms};
+use streams::{Chooser, Crew, Streams, Terms};
 use uuid::Uuid;
 
 /// The name of this build, for the other end's messages.
@@ -83,10 +87,15 @@ pub struct Plan {
     pub patience: Duration,
     /// The most bytes a second over all streams together, to within a twentieth; `None` for as many as the link takes.
     pub bandwidth: Option<NonZeroU64>,
-    /// Over how many streams pages go, at most [`MAX_STREAMS`](crate::wire::MAX_STREAMS).
-    pub streams: NonZeroU16,
-    /// How pages may be made smaller.
-    pub codecs: Codecs,
+    /// Over how many streams pages go, at most [`MAX_STREAMS`](crate::wire::MAX_STREAMS); `None` for as many as
+    /// the engine finds good.
+    pub streams: Option<NonZeroU16>,
+    /// How pages may be made smaller; `None` for as it turns out to be best by measurements.
+    pub codecs: Option<Codecs>,
+    /// Processors of this host.
+    pub cpus: NonZeroU16,
+    /// How many of them encoding may take on average, where the codecs are chosen by measurements; more than 0.
+    pub cpu_budget: f64,
     /// The most memory for copies of pages that were sent, where the codecs need any, in bytes.
     pub delta_cache: usize,
 }
@@ -104,8 +113,10 @@ impl Plan {
             timeout: None,
             patience: Duration::from_secs(30),
             bandwidth: None,
-            streams: NonZeroU16::MIN,
-            codecs: Codecs::ZERO,
+            streams: None,
+            codecs: None,
+            cpus: NonZeroU16::MIN,
+            cpu_budget: 1.0,
             delta_cache: 64 << 20,
         }
     }
@@ -193,7 +204,8 @@ pub fn run<G: SourceGuest, L: Link<Handle = HandleOf<G::Memory>>>(
     around: Surroundings<'_>,
     further: Further<'_, L>,
 ) -> Outcome<G> {
-    let streams = Streams::new(plan.codecs, plan.bandwidth.map(|cap| Pacer::new(cap, plan.streams)));
+    let count = stream_count(plan, link);
+    let streams = Streams::new(count, chooser(plan, link, count), plan.bandwidth.map(|cap| Pacer::new(cap, count)));
     let Surroundings { clock, cancel, observer } = around;
     let Further { dial, thread } = further;
     thread::scope(|scope| {
@@ -243,14 +255,14 @@ impl<G: SourceGuest> Precopy<G> {
             drive.check()?;
             let handle = handle_to_pass(&custody.guest, drive)?;
             let offered = if handle.is_some() { Transfer::Passed } else { Transfer::Copied };
-            drive.send(&Frame::Hello(hello(drive.plan, offered, &description)))?;
+            drive.send(&Frame::Hello(hello(drive.plan, drive.streams.count, offered, &description)))?;
             handle.iter().try_for_each(|handle| drive.send_handle(handle))?;
             let (claims, transfer) = match drive.answer(Kind::Accept)? {
                 Answer::Accept { claims, transfer } => (claims, transfer),
                 other => return Err(SourceError::OutOfTurn { found: other.kind(), expected: Kind::Accept }),
             };
             check_transfer(drive.plan.memory, offered, transfer)?;
-            drive.memory_goes(transfer, &description.regions)?;
+            drive.memory_goes(transfer, &description.regions);
             Ok((description, claims, transfer))
         });
         match offered {
@@ -272,7 +284,7 @@ impl<G: SourceGuest> Precopy<G> {
         let Further { dial, thread } = further;
         let terms = Terms { session: drive.plan.session, patience: drive.plan.patience, thread };
         let streams = match self.transfer {
-            Transfer::Copied => drive.plan.streams.get(),
+            Transfer::Copied => drive.streams.count.get(),
             Transfer::Passed => 1,
         };
         let opened = (1..streams).try_for_each(|_| {
@@ -456,9 +468,9 @@ fn fits(what: &'static str, found: u64, max: u64) -> Result<(), SourceError> {
     if found <= max { Ok(()) } else { Err(SourceError::TooLarge { what, found, max }) }
 }
 
-fn hello<'a>(plan: &Plan, transfer: Transfer, description: &'a Description) -> Hello<'a> {
+fn hello<'a>(plan: &Plan, streams: NonZeroU16, transfer: Transfer, description: &'a Description) -> Hello<'a> {
     let Description { vm, regions, machine } = description;
-    let Plan { session, mode, verify, streams, .. } = *plan;
+    let Plan { session, mode, verify, .. } = *plan;
     let (vm, streams, regions) = (*vm, streams.get(), regions.clone());
     Hello { session, vm, mode, verify, streams, transfer, build: BUILD, regions, machine }
 }
@@ -485,4 +497,21 @@ fn check_transfer(policy: MemoryPolicy, offered: Transfer, got: Transfer) -> Res
         (Transfer::Passed, Transfer::Copied) if policy == MemoryPolicy::Pass => Err(SourceError::NotPassed),
         _ => Ok(()),
     }
+}
+
+fn stream_count(plan: &Plan, link: &impl Link) -> NonZeroU16 {
+    let Plan { cpus, cpu_budget, .. } = *plan;
+    let known = || Known { cpus, cpu_budget, same_host: link.same_host(), round_trip: link.round_trip() };
+    plan.streams.unwrap_or_else(|| stream_count::stream_count(&known()))
+}
+
+fn chooser(plan: &Plan, link: &impl Link, streams: NonZeroU16) -> Chooser {
+    let terms = || policy::Terms {
+        cpus: plan.cpus.get().into(),
+        budget: plan.cpu_budget,
+        streams: streams.get(),
+        resends: plan.mode == Mode::Live,
+        same_host: link.same_host(),
+    };
+    plan.codecs.map_or_else(|| Chooser::Policy(Box::new(Mutex::new(Policy::new(terms())))), Chooser::User)
 }

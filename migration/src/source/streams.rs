@@ -6,20 +6,24 @@
 //! Dropping [`Crew`] cuts the links, so that no thread outlives the migration, whatever its target does.
 
 use super::error::SourceError;
-use crate::batch::{Batch, Method};
+use super::sender::Sender;
+use crate::batch::Batch;
+use crate::batch::Method;
 use crate::bell::Bell;
 use crate::channel::{Channel, TICK};
 use crate::clock::Clock;
 use crate::codec::Codecs;
 use crate::counts::PageCounts;
 use crate::digest::TranscriptDigest;
-use crate::guest::{GuestPages, HostError, exact_slice};
+use crate::guest::{GuestPages, HostError};
 use crate::history::History;
 use crate::ledger::{DirtyLedger, SharedLedger};
 use crate::link::{Cutter, Link};
 use crate::pacer::{Pace, Pacer};
+use crate::policy::{Choice, Chosen, Measured, Policy, Why};
 use crate::wire::{Frame, Join, RoundEnd};
 use std::io;
+use std::num::NonZeroU16;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::{Builder, Scope};
@@ -31,7 +35,9 @@ use uuid::Uuid;
 pub(super) struct Streams {
     /// The pages that the target lacks.
     pub(super) ledger: SharedLedger,
-    codecs: Codecs,
+    /// How many there are, the driver's among them.
+    pub(super) count: NonZeroU16,
+    codecs: Chooser,
     history: OnceLock<History>,
     /// What the round under way has sent, over all streams.
     pub(super) sent: Sent,
@@ -43,6 +49,15 @@ pub(super) struct Streams {
     ordered: Bell,
     /// Rings when a stream is done with its order, or has failed.
     pub(super) news: Bell,
+}
+
+/// Who chooses the codecs.
+#[derive(Debug)]
+pub(super) enum Chooser {
+    /// Whoever asked for the migration.
+    User(Codecs),
+    /// Measurements.
+    Policy(Box<Mutex<Policy>>),
 }
 
 #[derive(Debug)]
@@ -83,7 +98,7 @@ impl Sent {
     }
 
     fn lock(&self) -> MutexGuard<'_, PageCounts> {
-        self.pages.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.pages)
     }
 
     /// Bytes that went over the further streams so far, in all rounds.
@@ -93,10 +108,11 @@ impl Sent {
 }
 
 impl Streams {
-    pub(super) fn new(codecs: Codecs, pacer: Option<Pacer>) -> Self {
+    pub(super) fn new(count: NonZeroU16, codecs: Chooser, pacer: Option<Pacer>) -> Self {
         let orders = Orders { round: 0, over: false, busy: 0, failure: None, shares: Vec::new() };
         Self {
             ledger: SharedLedger::new(DirtyLedger::new(&[])),
+            count,
             codecs,
             history: OnceLock::new(),
             sent: Sent::default(),
@@ -108,17 +124,45 @@ impl Streams {
         }
     }
 
-    /// Makes the ledger and the memory of what was sent, for regions of these lengths in pages.
-    pub(super) fn prepare(&self, pages_per_region: &[u64], delta_cache: usize) -> Result<(), HostError> {
+    /// Makes the ledger, and remembers from now on what was sent, for regions of these lengths in pages.
+    pub(super) fn prepare(&self, pages_per_region: &[u64], delta_cache: usize) {
         *self.ledger.lock() = DirtyLedger::new(pages_per_region);
-        let history = History::new(&self.codecs, delta_cache, pages_per_region)?;
-        self.history.get_or_init(|| history);
-        Ok(())
+        self.history.get_or_init(|| History::new(delta_cache, pages_per_region));
     }
 
-    /// How the pages of a round are encoded.
-    pub(super) fn method(&self, round: u32) -> Method<'_> {
-        Method { codecs: self.codecs, history: self.history.get_or_init(History::none), round }
+    /// Whether the codecs are chosen by measurement.
+    pub(super) fn measures(&self) -> bool {
+        matches!(self.codecs, Chooser::Policy(_))
+    }
+
+    /// How the next frame is to be made.
+    pub(super) fn choose(&self) -> Choice {
+        match &self.codecs {
+            Chooser::User(codecs) => Choice { codecs: *codecs, pages: None },
+            Chooser::Policy(policy) => lock(policy).choose(),
+        }
+    }
+
+    /// Takes in what became of a frame.
+    pub(super) fn note(&self, codecs: &Codecs, measured: &Measured) {
+        if let Chooser::Policy(policy) = &self.codecs {
+            lock(policy).note(codecs, measured);
+        }
+    }
+
+    /// What most pages of the round under way went by, and why.
+    pub(super) fn chosen(&self) -> Chosen {
+        match &self.codecs {
+            Chooser::User(codecs) => Chosen { codecs: *codecs, why: Why::Asked, link_bytes_per_second: None },
+            Chooser::Policy(policy) => lock(policy).chosen(),
+        }
+    }
+
+    /// How the pages of a frame are encoded, in a round.
+    pub(super) fn method(&self, round: u32, Choice { codecs, pages }: Choice) -> Result<Method<'_>, HostError> {
+        let history = self.history.get_or_init(|| History::new(0, &[]));
+        history.prepare(&codecs, round)?;
+        Ok(Method { codecs, history, round, pages })
     }
 
     /// What every stream keeps to, if there is a cap.
@@ -137,7 +181,12 @@ impl Streams {
         (orders.round, orders.busy) = (round, orders.shares.len());
         self.cut_short.store(false, Ordering::Relaxed);
         *self.sent.lock() = PageCounts::default();
-        self.method(round).history.begin_round(round, &self.ledger.lock());
+        if let Some(history) = self.history.get() {
+            history.begin_round(round, &self.ledger.lock());
+        }
+        if let Chooser::Policy(policy) = &self.codecs {
+            lock(policy).begin_round(round);
+        }
         drop(orders);
         self.ordered.ring();
     }
@@ -198,8 +247,13 @@ impl Streams {
     }
 
     fn lock(&self) -> MutexGuard<'_, Orders> {
-        self.orders.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.orders)
     }
+}
+
+/// Locks what is sound after every step, so that a panic of another thread changes nothing.
+fn lock<T>(what: &Mutex<T>) -> MutexGuard<'_, T> {
+    what.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// The threads of the further streams.
@@ -227,7 +281,8 @@ impl<'a, C: Cutter> Crew<'a, C> {
         L: Link<Cutter = C> + 'scope,
         P: GuestPages + 'scope,
     {
-        let (streams, stream, pace) = (self.streams, self.cutters.len(), self.streams.pace(self.clock));
+        let (streams, stream, clock) = (self.streams, self.cutters.len(), self.clock);
+        let pace = streams.pace(clock);
         self.cutters.push(link.cutter()?);
         streams.lock().shares.push(Share::default());
         let serve = move || {
@@ -236,8 +291,8 @@ impl<'a, C: Cutter> Crew<'a, C> {
             let number = u16::try_from(stream + 1).expect("the number of streams is bounded");
             let join = Frame::Join(Join { session: terms.session, stream: number });
             let served = Channel::new(&mut link).send(&join).map_err(SourceError::Link).and_then(|()| {
-                let (channel, batch) = (Channel::new(&mut link).paced(pace), streams.batch());
-                Worker { streams, stream, channel, batch, memory, counted: 0 }.serve()
+                let (channel, sender) = (Channel::new(&mut link).paced(pace), Sender::new(streams, clock));
+                Worker { streams, stream, channel, sender, memory, counted: 0 }.serve()
             });
             if let Err(error) = served {
                 streams.fail(error);
@@ -272,7 +327,7 @@ struct Worker<'a, 'l, L, P> {
     streams: &'a Streams,
     stream: usize,
     channel: Channel<'l, L>,
-    batch: Batch,
+    sender: Sender<'a>,
     memory: P,
     /// Bytes that are in the common account.
     counted: u64,
@@ -289,12 +344,11 @@ impl<L: Link, P: GuestPages> Worker<'_, '_, L, P> {
     }
 
     fn round(&mut self, round: u32) -> Result<(), SourceError> {
-        let (mut pages, method) = (PageCounts::default(), self.streams.method(round));
-        while !self.streams.is_cut_short()
-            && send_batch(&mut self.channel, &mut self.batch, &self.streams.ledger, &self.memory, method)?
-        {
-            pages += self.batch.counts();
-            self.streams.sent.add(self.batch.counts());
+        let mut pages = PageCounts::default();
+        self.sender.begin_round(self.channel.link());
+        while !self.streams.is_cut_short() && self.sender.send(&mut self.channel, &self.memory, round)? {
+            pages += self.sender.counts();
+            self.streams.sent.add(self.sender.counts());
             self.count();
         }
         let end = RoundEnd { round, pages: pages.sent(), zero_pages: pages.zero };
@@ -310,23 +364,4 @@ impl<L: Link, P: GuestPages> Worker<'_, '_, L, P> {
         self.streams.sent.further_bytes.fetch_add(bytes - self.counted, Ordering::Relaxed);
         self.counted = bytes;
     }
-}
-
-/// Sends one batch of the pages that the ledger holds. `false` if there were none.
-pub(super) fn send_batch<L: Link, P: GuestPages>(
-    channel: &mut Channel<'_, L>,
-    batch: &mut Batch,
-    ledger: &SharedLedger,
-    memory: &P,
-    method: Method<'_>,
-) -> Result<bool, SourceError> {
-    let failed = |source| SourceError::Guest { step: "give access to its memory", source };
-    if !batch.fill(ledger, memory, method).map_err(failed)? {
-        return Ok(false);
-    }
-    if batch.counts().sent() > 0 {
-        let raw: Result<Vec<_>, _> = batch.records().raw_runs().map(|run| exact_slice(memory, run)).collect();
-        channel.send_pages(batch.pages(&method.codecs), &raw.map_err(failed)?).map_err(SourceError::Link)?;
-    }
-    Ok(true)
 }

@@ -159,7 +159,7 @@ impl<M: GuestPages> AwaitStreams<M> {
         compare(came, end, round)?;
         let (pages, zero_pages) = (came.sent(), came.zero);
         let (bytes, ms) = (at.bytes - filling.bytes_before, ms(at.now - filling.started));
-        let report = RoundReport { round, pages, zero_pages, kinds: came, bytes, ms, dirty_at_end: 0 };
+        let report = RoundReport { round, pages, zero_pages, kinds: came, bytes, ms, dirty_at_end: 0, chosen: None };
         filling.incoming.rounds.push(report);
         (filling.started, filling.bytes_before) = (at.now, at.bytes);
         Ok((filling, report))

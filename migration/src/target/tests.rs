@@ -25,6 +25,10 @@ impl Clock for Seconds {
     }
 
     fn sleep(&self, _: Duration) {}
+
+    fn thread_cpu(&self) -> Duration {
+        Duration::ZERO
+    }
 }
 
 static CLOCK: Seconds = Seconds(AtomicU64::new(0));

@@ -87,6 +87,10 @@ fn machines(context: &Context) -> Result<()> {
         let parts = [&*format!("{streams} streams: give it 1 to 64")];
         refused(context, &["migrate", "--to=unix:/x", &format!("--streams={streams}")], USAGE, &parts)?;
     }
+    for budget in ["0", "-1", "NaN", "much"] {
+        let parts = [&*format!("{budget:?} is no number of processors"), "0.5 or 2"];
+        refused(context, &["migrate", "--to=unix:/x", &format!("--cpu-budget={budget}")], USAGE, &parts)?;
+    }
     refused(context, &["run"], USAGE, &["--kernel"])?;
     let parts = ["\"gzip\" is no list of codecs", "zero, rle, delta, dedup, lz4, zstd"];
     refused(context, &["migrate", "--to=unix:/x", "--codec=gzip"], USAGE, &parts)?;

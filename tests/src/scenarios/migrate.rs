@@ -3,7 +3,9 @@
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use control::{Codecs, MigrationMode, MigrationRole, MigrationStatus, MigrationStep, Phase, StartMigration, Streams};
+use control::{
+    CodecChoice, MigrationMode, MigrationRole, MigrationStatus, MigrationStep, Phase, StartMigration, Streams,
+};
 use guest_images::micro::Line;
 use verifier::net::Client;
 
@@ -19,7 +21,8 @@ const CONNECTION_PATIENCE: Duration = Duration::from_secs(30);
 /// What the largest guest boots with: many more pages than it writes meanwhile.
 const CONTENT_PAGES: usize = 16 << 10;
 
-const CODECS: [&str; 7] = ["zero", "none", "rle", "delta", "dedup,lz4", "zstd", "rle,delta,dedup,zstd:3"];
+const CODECS: [&str; 9] =
+    ["auto", "zero", "none", "rle", "delta", "dedup,lz4", "zstd", "rle,lz4", "rle,delta,dedup,zstd:3"];
 
 const BOTH: [MigrationMode; 2] = [MigrationMode::Live, MigrationMode::Stop];
 
@@ -87,13 +90,13 @@ fn micro(context: &Context, moves: usize) -> Result<()> {
         };
         let next = target.console()?;
         let (mode, streams) = (BOTH[stop % 2], Streams::try_from([1, 2, 5, 64][stop / 2 % 4])?);
-        let codec = CODECS[stop % CODECS.len()].parse::<Codecs>()?;
+        let codec = CODECS[stop % CODECS.len()].parse::<CodecChoice>()?;
         let congestion = (stop % 3 != 0).then(|| "reno".to_owned());
         let order = StartMigration { streams, congestion, codec, ..copying(&target, mode) };
         let status = godwit.migrate_as(order, &target, Duration::from_secs(30))?;
         println!(
             "move {stop}: {mode:?} over {} streams, codecs {codec}, {} rounds, downtime {:?}",
-            u16::from(streams),
+            streams,
             status.rounds.len(),
             status.downtime_ms
         );

@@ -24,24 +24,25 @@ pub enum Infeasible {
     Memory(#[from] MeasureError),
 }
 
-/// Checks what `request` asks for.
+/// Checks what `request` asks for. `codecs` may make pages smaller; any of them, if absent.
 ///
 /// # Errors
 /// [`Infeasible`], with the arithmetic.
-pub(crate) fn check(memory: &GuestMemory, request: &StartMigration, codecs: Codecs) -> Result<(), Infeasible> {
+pub(crate) fn check(memory: &GuestMemory, request: &StartMigration, codecs: Option<Codecs>) -> Result<(), Infeasible> {
     let (deadline, timeout, bandwidth) = (request.deadline(), request.timeout(), request.bandwidth_bytes_per_second);
     feasibility::check(deadline, timeout, bandwidth, || Ok(load(memory, codecs)?))
 }
 
 /// What has to go at the least.
-fn load(memory: &GuestMemory, codecs: Codecs) -> Result<Load, MeasureError> {
+fn load(memory: &GuestMemory, codecs: Option<Codecs>) -> Result<Load, MeasureError> {
     let file = File::from(memory.file().try_clone_to_owned()?);
     let backed = backed(&file)?;
-    if codecs == Codecs::NONE {
+    if codecs == Some(Codecs::NONE) {
         return Ok(Load { backed, least: backed, basis: Basis::NoCodecs });
     }
     let sample = dirty_rate::sample(memory)?;
-    let share = if codecs == Codecs::ZERO { data_share(&sample) } else { data_share(&sample) * packed_share(&sample) };
+    let share =
+        if codecs == Some(Codecs::ZERO) { data_share(&sample) } else { data_share(&sample) * packed_share(&sample) };
     #[expect(clippy::cast_precision_loss, clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a share")]
     let least = (backed as f64 * share) as u64;
     Ok(Load { backed, least, basis: Basis::Sample })
@@ -94,14 +95,15 @@ mod tests {
     #[test]
     fn what_must_go_is_all_that_is_backed_or_what_a_sample_says() {
         let memory = memory();
-        let all = load(&memory, Codecs::NONE).unwrap();
+        let all = load(&memory, Some(Codecs::NONE)).unwrap();
         assert_eq!(all, Load { backed: 8 * MIB, least: 8 * MIB, basis: Basis::NoCodecs });
-        let zero = load(&memory, Codecs::ZERO).unwrap();
+        let zero = load(&memory, Some(Codecs::ZERO)).unwrap();
         assert_eq!((zero.backed, zero.basis), (8 * MIB, Basis::Sample));
         assert!((3 * MIB..5 * MIB).contains(&zero.least), "{zero:?}");
-        let packed = load(&memory, Codecs { rle: true, ..Codecs::ZERO }).unwrap();
+        let packed = load(&memory, Some(Codecs { rle: true, ..Codecs::ZERO })).unwrap();
         assert!(packed.least > 0 && packed.least < MIB, "{packed:?}");
+        assert_eq!(load(&memory, None).unwrap(), packed);
         let empty = GuestMemory::create(64 * MIB, false).unwrap();
-        assert_eq!(load(&empty, Codecs::ZERO).unwrap().least, 0);
+        assert_eq!(load(&empty, None).unwrap().least, 0);
     }
 }

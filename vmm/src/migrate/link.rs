@@ -27,12 +27,13 @@ const FIRST_PATIENCE: Duration = Duration::from_secs(10);
 pub struct SocketLink {
     socket: OwnedFd,
     tcp: bool,
+    same_host: bool,
     patience: Duration,
 }
 
 impl From<UnixStream> for SocketLink {
     fn from(stream: UnixStream) -> Self {
-        Self { socket: stream.into(), tcp: false, patience: FIRST_PATIENCE }
+        Self { socket: stream.into(), tcp: false, same_host: true, patience: FIRST_PATIENCE }
     }
 }
 
@@ -42,7 +43,9 @@ impl TryFrom<TcpStream> for SocketLink {
     fn try_from(stream: TcpStream) -> io::Result<Self> {
         // The hand-over is a conversation of small frames: each must leave at once.
         stream.set_nodelay(true)?;
-        Ok(Self { socket: stream.into(), tcp: true, patience: FIRST_PATIENCE })
+        // Who connects to an address of its own host does so from that address.
+        let same_host = stream.local_addr()?.ip() == stream.peer_addr()?.ip();
+        Ok(Self { socket: stream.into(), tcp: true, same_host, patience: FIRST_PATIENCE })
     }
 }
 
@@ -224,6 +227,10 @@ impl Link for SocketLink {
         if self.tcp { tcp::round_trip(self.socket.as_raw_fd()) } else { None }
     }
 
+    fn same_host(&self) -> bool {
+        self.same_host
+    }
+
     fn in_flight(&self) -> u64 {
         let mut bytes: libc::c_int = 0;
         // SAFETY: SIOCOUTQ (the same number as TIOCOUTQ; tcp(7), unix(7)) writes one int.
@@ -331,5 +338,10 @@ mod tests {
         let (near, _far) = tcp_pair();
         assert!(near.round_trip().unwrap() < Duration::from_secs(1));
         assert!(unix_pair().0.round_trip().is_none());
+    }
+
+    #[test]
+    fn one_host_is_known_as_such() {
+        assert!(unix_pair().0.same_host() && tcp_pair().0.same_host());
     }
 }

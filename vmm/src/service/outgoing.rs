@@ -9,15 +9,17 @@ use crate::migrate::leaving::Leaving;
 use crate::migrate::link::SocketCutter;
 use crate::migrate::ownership::Ownership;
 use crate::seccomp::{self, ThreadKind};
-use control::{JobId, MigrationMode, PeerAddress, StartMigration};
+use control::{CodecChoice, CpuBudget, JobId, MigrationMode, PeerAddress, StartMigration};
 use migration::codec::block::{Packing, ZstdLevel};
 use migration::{
     CancelToken, Codecs, Cutter, Further, Goal, HostClock, InDoubt, Link, LinkError, MemoryPolicy, Mode, OnStall,
     Outcome, Plan, Surroundings, source,
 };
 use std::io;
+use std::num::NonZeroU16;
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, OnceLock};
+use std::thread;
 use std::time::{Duration, Instant};
 
 /// How a migration out of here ended.
@@ -64,7 +66,7 @@ impl Outgoing {
         };
         // The thread takes the machine from here, so that it is not lost with a thread that does not start.
         let (hand, take) = std::sync::mpsc::sync_channel(1);
-        let spawned = std::thread::Builder::new().name("migrate-source".to_owned()).spawn(move || {
+        let spawned = thread::Builder::new().name("migrate-source".to_owned()).spawn(move || {
             seccomp::enter(ThreadKind::MigrateSource);
             if let Ok(machine) = take.recv() {
                 // The service outlives its migrations.
@@ -139,7 +141,7 @@ impl Journey {
 /// Asks the target whose the guest is, in a thread; the answer comes as [`Message::Left`].
 pub(crate) fn ask_target(doubt: Box<InDoubt<Leaving>>, to: PeerAddress, inbox: &Sender<Message>) {
     let (hand, take) = std::sync::mpsc::sync_channel::<Box<InDoubt<Leaving>>>(1);
-    let asked = std::thread::Builder::new().name("migrate-ask".to_owned()).spawn({
+    let asked = thread::Builder::new().name("migrate-ask".to_owned()).spawn({
         let inbox = inbox.clone();
         move || {
             seccomp::enter(ThreadKind::MigrateSource);
@@ -173,6 +175,7 @@ fn plan(request: &StartMigration, job: JobId) -> Plan {
         control::MemoryPolicy::Copy => MemoryPolicy::Copy,
         control::MemoryPolicy::Pass => MemoryPolicy::Pass,
     };
+    let cpus = cpus();
     Plan {
         verify: request.verify,
         memory,
@@ -189,19 +192,29 @@ fn plan(request: &StartMigration, job: JobId) -> Plan {
         },
         timeout: request.timeout(),
         bandwidth: request.bandwidth_bytes_per_second,
-        streams: request.streams.into(),
+        streams: request.streams.count(),
         codecs: codecs(request.codec),
+        cpus,
+        cpu_budget: request.cpu_budget.map_or_else(|| cpus.get().into(), CpuBudget::cores),
         delta_cache: usize::try_from(request.delta_cache_bytes).unwrap_or(usize::MAX),
         ..Plan::new(job.0, mode)
     }
 }
 
-pub(crate) fn codecs(control::Codecs { zero, rle, delta, dedup, packing }: control::Codecs) -> Codecs {
+/// The processors that this process may use.
+fn cpus() -> NonZeroU16 {
+    let cpus = thread::available_parallelism()
+        .inspect_err(|error| tracing::warn!(%error, "one processor is taken to be there"));
+    cpus.map_or(NonZeroU16::MIN, |cpus| NonZeroU16::try_from(cpus).unwrap_or(NonZeroU16::MAX))
+}
+
+pub(crate) fn codecs(choice: CodecChoice) -> Option<Codecs> {
+    let CodecChoice::These(control::Codecs { zero, rle, delta, dedup, packing }) = choice else { return None };
     let packing = match packing {
         control::Packing::Stored => Packing::Stored,
         control::Packing::Lz4 => Packing::Lz4,
         // The API takes no other levels.
         control::Packing::Zstd(level) => Packing::Zstd(ZstdLevel::new(level).unwrap_or(ZstdLevel::MIN)),
     };
-    Codecs { zero, rle, delta, dedup, packing }
+    Some(Codecs { zero, rle, delta, dedup, packing })
 }

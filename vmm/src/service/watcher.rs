@@ -3,10 +3,12 @@
 use super::board::Board;
 use crate::layout::PAGE_SIZE;
 use control::{
-    GuestCost, Happening, JobId, MemoryTransfer, MigrationMode, MigrationRole, MigrationState, MigrationStatus,
-    MigrationStep, PeerAddress, Progress, RoundInfo, RoundKinds, StepInfo, SwitchReason, TargetPart,
+    CodecReason, Codecs, GuestCost, Happening, JobId, MemoryTransfer, MigrationMode, MigrationRole, MigrationState,
+    MigrationStatus, MigrationStep, PeerAddress, Progress, RoundCodecs, RoundInfo, RoundKinds, StepInfo, SwitchReason,
+    TargetPart,
 };
-use migration::{Moved, Observer, PageCounts, Phase, PhaseReport, Report, RoundReport, Transfer};
+use migration::codec::block::Packing;
+use migration::{Chosen, Moved, Observer, PageCounts, Phase, PhaseReport, Report, RoundReport, Transfer, Why};
 use std::time::{Duration, Instant};
 
 /// The least time between two events of progress.
@@ -69,10 +71,33 @@ fn millis(ms: f64) -> control::Millis {
 }
 
 fn round_info(round: &RoundReport) -> RoundInfo {
-    let RoundReport { round, pages, zero_pages, kinds, bytes, ms, dirty_at_end } = *round;
+    let RoundReport { round, pages, zero_pages, kinds, bytes, ms, dirty_at_end, chosen } = *round;
     let PageCounts { raw, zero, plain, rle, delta, copy, same } = kinds;
     let kinds = RoundKinds { raw, zero, plain, rle, delta, copy, same };
-    RoundInfo { round, pages, zero_pages, bytes, duration_ms: millis(ms), kinds, dirty_pages: dirty_at_end }
+    let codec = chosen.as_ref().map(round_codecs);
+    RoundInfo { round, pages, zero_pages, bytes, duration_ms: millis(ms), kinds, dirty_pages: dirty_at_end, codec }
+}
+
+fn round_codecs(chosen: &Chosen) -> RoundCodecs {
+    let Chosen { codecs, why, link_bytes_per_second } = *chosen;
+    let migration::Codecs { zero, rle, delta, dedup, packing } = codecs;
+    let packing = match packing {
+        Packing::Stored => control::Packing::Stored,
+        Packing::Lz4 => control::Packing::Lz4,
+        Packing::Zstd(level) => control::Packing::Zstd(level.number()),
+    };
+    let why = match why {
+        Why::Asked => CodecReason::Asked,
+        Why::Unmeasured => CodecReason::Unmeasured,
+        Why::Trial => CodecReason::Trial,
+        Why::FastLink => CodecReason::FastLink,
+        Why::SlowLink => CodecReason::SlowLink,
+        Why::ShortPages => CodecReason::ShortPages,
+        Why::NothingGained => CodecReason::NothingGained,
+        Why::Budget => CodecReason::Budget,
+    };
+    let codecs = Codecs { zero, rle, delta, dedup, packing };
+    RoundCodecs { codecs, why, link_bytes_per_second: link_bytes_per_second.map(rate) }
 }
 
 fn step(phase: Phase) -> MigrationStep {
@@ -278,7 +303,10 @@ mod tests {
 
     fn report(role: Role) -> Report {
         let kinds = PageCounts { raw: 1, zero: 4, plain: 1, rle: 1, delta: 1, copy: 1, same: 3 };
-        let round = RoundReport { round: 1, pages: 9, zero_pages: 4, kinds, bytes: 20_500, ms: 1.5, dirty_at_end: 2 };
+        let codecs = migration::Codecs { rle: true, packing: Packing::Lz4, ..migration::Codecs::ZERO };
+        let chosen = Some(Chosen { codecs, why: Why::SlowLink, link_bytes_per_second: Some(1e9) });
+        let round =
+            RoundReport { round: 1, pages: 9, zero_pages: 4, kinds, bytes: 20_500, ms: 1.5, dirty_at_end: 2, chosen };
         let kinds = PageCounts { raw: 2, ..PageCounts::default() };
         Report {
             role,
@@ -289,7 +317,16 @@ mod tests {
             ending: Ending::HandedOver,
             rounds: vec![
                 round,
-                RoundReport { round: 2, pages: 2, zero_pages: 0, kinds, bytes: 8228, ms: 0.5, dirty_at_end: 0 },
+                RoundReport {
+                    round: 2,
+                    pages: 2,
+                    zero_pages: 0,
+                    kinds,
+                    bytes: 8228,
+                    ms: 0.5,
+                    dirty_at_end: 0,
+                    chosen: None,
+                },
             ],
             bytes: 29_000,
             total_ms: 4.25,
@@ -342,6 +379,9 @@ mod tests {
         assert_eq!(source.guest_cost, Some(cost));
         let kinds = RoundKinds { raw: 1, zero: 4, plain: 1, rle: 1, delta: 1, copy: 1, same: 3 };
         assert_eq!(source.rounds[0].kinds, kinds);
+        let codec = source.rounds[0].codec.unwrap();
+        assert_eq!((codec.codecs.to_string().as_str(), codec.why), ("rle,lz4", CodecReason::SlowLink));
+        assert_eq!((codec.link_bytes_per_second, source.rounds[1].codec), (Some(1_000_000_000), None));
     }
 
     #[test]

@@ -4,7 +4,7 @@ mod goals;
 
 use crate::values::{MemoryArg, Settings, period, size};
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use control::{Codecs, Owner, PeerAddress, Streams};
+use control::{CodecChoice, CpuBudget, Owner, PeerAddress, Streams};
 use goals::Goals;
 use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
@@ -195,15 +195,18 @@ pub(crate) struct Migrate {
     /// How memory gets to the target
     #[arg(long, value_enum, default_value = "auto")]
     pub(crate) memory: MemoryArg,
-    /// Move memory over so many connections, 1 to 64
-    #[arg(long, default_value = "1", value_name = "N")]
+    /// Move memory over so many connections, 1 to 64, or auto
+    #[arg(long, default_value_t, value_name = "N")]
     pub(crate) streams: Streams,
     /// Have TCP send by the congestion control of this name, such as bbr or cubic, and not by the host's usual one
     #[arg(long, value_name = "NAME")]
     pub(crate) congestion: Option<String>,
-    /// Make pages smaller: none, or some of zero, rle, delta, dedup, lz4, zstd, zstd:1 to zstd:9 with commas between
+    /// Make pages smaller: auto, none, or some of zero, rle, delta, dedup, lz4, zstd, zstd:1 to zstd:9 with commas between
     #[arg(long, default_value_t, value_name = "LIST")]
-    pub(crate) codec: Codecs,
+    pub(crate) codec: CodecChoice,
+    /// Let the codecs of auto take so many processors on average, such as 0.5; all of them if not given
+    #[arg(long, value_name = "CORES", allow_negative_numbers = true)]
+    pub(crate) cpu_budget: Option<CpuBudget>,
     /// Keep copies of sent pages, for the codec delta, in at most so much memory
     #[arg(long, default_value = "64M", value_name = "SIZE", value_parser = size)]
     pub(crate) delta_cache: u64,

@@ -2,7 +2,7 @@
 
 use control::{
     BalloonInfo, DirtyRate, DiskCounters, DiskInfo, DiskList, GuestCost, MeasurementCost, MemorySample, MemoryTransfer,
-    MigrationStatus, NicCounters, NicInfo, NicList, RoundInfo, StepInfo, TargetPart, VmInfo,
+    MigrationStatus, NicCounters, NicInfo, NicList, RoundCodecs, RoundInfo, StepInfo, TargetPart, VmInfo,
 };
 use indicatif::HumanBytes;
 use serde::Serialize;
@@ -36,6 +36,7 @@ pub(crate) fn ended_migration(migration: &MigrationStatus) {
         Some(downtime) => {
             println!("{mode} migration {state}: {way}, {bytes}, {total_ms}, downtime {downtime}");
             details(migration);
+            codecs(&migration.rounds);
         }
         None => println!("{mode} migration {state} after {way}, {bytes}, {total_ms}"),
     }
@@ -61,12 +62,14 @@ pub(crate) fn migration(migration: &MigrationStatus) {
         println!("  downtime   {downtime}");
     }
     details(migration);
-    for RoundInfo { round, pages, zero_pages, bytes, duration_ms, kinds: _, dirty_pages: _ } in rounds {
+    for info in rounds {
+        let RoundInfo { round, pages, zero_pages, bytes, duration_ms, kinds: _, dirty_pages: _, codec: _ } = info;
         println!(
             "  round {round:<4} {pages} pages, {zero_pages} of them zero, {} in {duration_ms}",
             HumanBytes(*bytes)
         );
     }
+    codecs(rounds);
     if let Some(error) = error {
         println!("  error      {error}");
     }
@@ -113,6 +116,20 @@ fn guest_cost_of(cost: &GuestCost) {
         println!(
             "  throttled  {throttled_ms} of the vCPUs' time, {throttled_percent} % since it began, {most_percent} % at most"
         );
+    }
+}
+
+/// What the pages of rounds went by, once for neighbours by the same.
+fn codecs(rounds: &[RoundInfo]) {
+    let choice = |round: &RoundInfo| round.codec.map(|codec| (codec.codecs, codec.why));
+    for alike in rounds.chunk_by(|one, next| choice(one) == choice(next)) {
+        if let Some(RoundInfo { round: first, codec: Some(codec), .. }) = alike.first() {
+            let last = u32::try_from(alike.len()).map_or(*first, |count| first + count - 1);
+            let which = if last == *first { format!("round {first}") } else { format!("rounds {first} to {last}") };
+            let RoundCodecs { codecs, why, link_bytes_per_second } = codec;
+            let link = link_bytes_per_second.map_or_else(String::new, |rate| format!(" ({}/s)", HumanBytes(rate)));
+            println!("  codecs     {codecs} in {which}: {why}{link}");
+        }
     }
 }
 

@@ -85,6 +85,7 @@ pub(crate) fn migrate(migrate: &Migrate) -> anyhow::Result<u8> {
         streams: migrate.streams,
         congestion: migrate.congestion.clone(),
         codec: migrate.codec,
+        cpu_budget: migrate.cpu_budget,
         delta_cache_bytes: migrate.delta_cache,
         ..StartMigration::new(migrate.to.clone())
     });

@@ -1,0 +1,149 @@
+//! How fast the link takes the bytes of one stream, for [`Policy`](super::Policy).
+//!
+//! A stream that waits in sending shows it: what the peer received in that time, by the time. A stream that does not wait
+//! shows that the link is at least as fast as what went over it.
+//!
+//! The other end may be what is waited for: it has a page to install for each page that came, however short it came. Then
+//! fewer bytes go over the link a second once pages are packed, and packing gains nothing. So the rates of packed and of
+//! unpacked frames are kept apart, for as long as the link is what it was when they were compared.
+
+use super::Measured;
+use super::work::real;
+
+/// How much of what was known is kept with each frame that waited.
+const KEEP: f64 = 0.85;
+
+/// A send has waited if it took so much longer than its processor time, and by so many seconds.
+const WAITED: (f64, f64) = (1.5, 20e-6);
+
+/// Frames that wait after a change between packed and unpacked ones, until only frames of the new kind are measured.
+const SETTLED: u32 = 4;
+
+/// A link whose rate changes by more than this factor is another link.
+const ANOTHER: f64 = 1.5;
+
+/// A connection begins slowly: nothing is known before so many seconds and two round trips have passed.
+const LONG_ENOUGH: f64 = 1e-3;
+
+/// Times below this many seconds show no rate.
+const TOO_SHORT: f64 = 100e-6;
+
+/// The most of a buffer that is forgotten with each frame.
+const BUFFER_KEEP: f64 = 0.98;
+
+#[derive(Debug, Clone)]
+pub(super) struct LinkRate {
+    /// Bytes and seconds of waiting with frames of the present kind.
+    bytes: f64,
+    seconds: f64,
+    packed: bool,
+    settled: u32,
+    other: Option<Other>,
+    buffer: f64,
+    unblocked: u32,
+    /// Seconds that were spent on frames so far, and whether they were enough to know the link.
+    observed: f64,
+    known: bool,
+}
+
+/// The rate of frames of the other kind, and that of the present kind when they were compared.
+#[derive(Debug, Clone, Copy)]
+struct Other {
+    rate: f64,
+    beside: Option<f64>,
+}
+
+impl LinkRate {
+    pub(super) fn new() -> Self {
+        Self {
+            bytes: 0.0,
+            seconds: 0.0,
+            packed: false,
+            settled: SETTLED,
+            other: None,
+            buffer: 0.0,
+            unblocked: 0,
+            observed: 0.0,
+            known: false,
+        }
+    }
+
+    /// Bytes a second that the link takes of a stream with packed or unpacked frames, as far as that is known.
+    pub(super) fn of(&self, packed: bool) -> Option<f64> {
+        let present = self.present().filter(|_| self.known)?;
+        let other = self.other.filter(|other| {
+            let changed = |beside: f64| (present / beside).max(beside / present);
+            packed != self.packed && other.beside.is_none_or(|beside| changed(beside) < ANOTHER)
+        });
+        Some(other.map_or(present, |other| other.rate))
+    }
+
+    /// Bytes that are under way when a stream has sent a frame and begins the next: the link goes on with them meanwhile.
+    pub(super) fn buffer(&self) -> f64 {
+        self.buffer
+    }
+
+    /// How many frames in a row did not wait.
+    pub(super) fn unblocked(&self) -> u32 {
+        self.unblocked
+    }
+
+    fn present(&self) -> Option<f64> {
+        (self.seconds > 0.0).then(|| self.bytes / self.seconds)
+    }
+
+    /// Takes in how a frame was sent.
+    pub(super) fn note(&mut self, packed: bool, measured: &Measured) {
+        if measured.bytes == 0 {
+            return;
+        }
+        if packed != self.packed {
+            self.change();
+        }
+        let (send, cpu) = (measured.send.as_secs_f64(), measured.send_cpu.as_secs_f64());
+        let queued = real(measured.queued_after);
+        let received = real(measured.bytes + measured.queued_before) - queued;
+        if send > cpu * WAITED.0 + WAITED.1 && received > 0.0 {
+            self.unblocked = 0;
+            (self.bytes, self.seconds) = (self.bytes * KEEP + received, self.seconds * KEEP + send);
+            self.settle();
+        } else {
+            self.unblocked += 1;
+        }
+        // What was received within a time is what the link takes at least.
+        let time = send + measured.between.as_secs_f64();
+        let all = real(measured.bytes + measured.queued_last) - queued;
+        self.observed += time;
+        for (bytes, seconds) in [(received, send), (all, time)] {
+            if seconds > TOO_SHORT && self.present().is_none_or(|rate| bytes / seconds > rate) {
+                (self.bytes, self.seconds) = (bytes.max(1.0), seconds);
+            }
+        }
+        self.known |= self.observed > LONG_ENOUGH + 2.0 * measured.round_trip.as_secs_f64();
+        let on_its_way = self.present().unwrap_or(0.0) * measured.round_trip.as_secs_f64();
+        self.buffer = (queued - on_its_way).max(self.buffer * BUFFER_KEEP).max(0.0);
+    }
+
+    /// Frames are of the other kind from now on.
+    fn change(&mut self) {
+        let before = self.present();
+        let next = self.of(!self.packed);
+        self.other = before.map(|rate| Other { rate, beside: None });
+        self.packed = !self.packed;
+        self.settled = 0;
+        // What is known of the new kind counts as much as one frame.
+        if let Some(rate) = next {
+            (self.bytes, self.seconds) = (rate * TOO_SHORT, TOO_SHORT);
+        }
+    }
+
+    fn settle(&mut self) {
+        self.settled = (self.settled + 1).min(SETTLED);
+        let present = self.present();
+        if let Some(other) = self.other.as_mut().filter(|other| other.beside.is_none())
+            && self.settled == SETTLED
+        {
+            other.beside = present;
+        }
+    }
+}
