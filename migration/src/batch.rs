@@ -31,7 +31,7 @@ pub(crate) struct Method<'a> {
     pub(crate) codecs: Codecs,
     pub(crate) history: &'a History,
     pub(crate) round: u32,
-    /// The most pages to take, if there is a limit beside those of every frame.
+    /// The most pages to take that are not zero, if there is a limit beside those of every frame.
     pub(crate) pages: Option<u32>,
 }
 
@@ -114,7 +114,8 @@ impl Batch {
         }
         let in_block = (MAX_BLOCK - self.block.len()) / PAGE_SIZE;
         let with_content = self.counts.sent() - self.counts.zero;
-        let left = limit.map_or(u64::MAX, |limit| u64::from(limit).saturating_sub(self.counts.all()));
+        let looked_at = self.counts.all() - self.counts.zero;
+        let left = limit.map_or(u64::MAX, |limit| u64::from(limit).saturating_sub(looked_at));
         u32::try_from(u64::from(self.most_pages).saturating_sub(with_content).min(in_block as u64).min(left))
             .expect("the minimum of some numbers, of which two are small")
     }

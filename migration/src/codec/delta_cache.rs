@@ -167,8 +167,10 @@ impl Shard {
             NOWHERE => {
                 let place = self.entries.len();
                 if place.is_multiple_of(SLAB_PAGES) {
-                    self.slabs.push(vec![[0; PAGE_SIZE]; SLAB_PAGES.min(self.places - place)]);
+                    self.slabs.push(Vec::with_capacity(SLAB_PAGES.min(self.places - place)));
                 }
+                // The memory of a slab is touched copy by copy: all of it at once would keep the link waiting.
+                self.slabs[place / SLAB_PAGES].push([0; PAGE_SIZE]);
                 self.entries.push(Entry { key: VACANT, next: NOWHERE, sent_in: 0 });
                 place
             }

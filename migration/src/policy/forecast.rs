@@ -46,7 +46,8 @@ pub(super) fn forecast(codecs: &Codecs, work: &Work, link: &LinkRate, terms: &Te
     let (pack_cost, left) = work.packing(codecs.packing);
     let bytes = in_block * left + beside + records;
     let encode = work.page_cost(codecs, to_dedup, to_rle, rest) + in_block * pack_cost;
-    let streams = f64::from(terms.streams);
+    let (streams, cpu) = (f64::from(terms.streams), encode);
+    let encode = encode * work.crowding();
     let seconds = match link.of(codecs.packing != Packing::Stored) {
         None => encode,
         Some(rate) => {
@@ -56,12 +57,12 @@ pub(super) fn forecast(codecs: &Codecs, work: &Work, link: &LinkRate, terms: &Te
         }
     };
     // No more streams encode at once than there are processors.
-    let seconds = seconds.max(encode * streams / terms.cpus);
+    let seconds = seconds.max(cpu * streams / terms.cpus);
     let chances = f64::from(u8::from(codecs.rle) + u8::from(codecs.dedup) + 2 * u8::from(codecs.delta));
     Forecast {
         bytes,
-        encode,
+        encode: cpu,
         score: seconds * (1.0 - CHANCE * chances) + CPU_PRICE * encode,
-        fits: encode * streams <= terms.budget * seconds * 1.001,
+        fits: cpu * streams <= terms.budget * seconds * 1.001,
     }
 }

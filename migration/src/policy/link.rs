@@ -16,7 +16,7 @@ const KEEP: f64 = 0.85;
 /// A send has waited if it took so much longer than its processor time, and by so many seconds.
 const WAITED: (f64, f64) = (1.5, 20e-6);
 
-/// Frames that wait after a change between packed and unpacked ones, until only frames of the new kind are measured.
+/// Frames after a change between packed and unpacked ones until only frames of the new kind are measured.
 const SETTLED: u32 = 4;
 
 /// A link whose rate changes by more than this factor is another link.
@@ -25,8 +25,14 @@ const ANOTHER: f64 = 1.5;
 /// A connection begins slowly: nothing is known before so many seconds and two round trips have passed.
 const LONG_ENOUGH: f64 = 1e-3;
 
-/// Times below this many seconds show no rate.
-const TOO_SHORT: f64 = 100e-6;
+/// What is known of a kind of frames that was not sent lately counts for so many seconds.
+const LITTLE: f64 = 100e-6;
+
+/// Seconds over which the least that a link takes is looked at.
+const WINDOW: f64 = 10e-3;
+
+/// Frames of fewer bytes show nothing.
+const TOO_SMALL: u64 = 64 << 10;
 
 /// The most of a buffer that is forgotten with each frame.
 const BUFFER_KEEP: f64 = 0.98;
@@ -41,8 +47,9 @@ pub(super) struct LinkRate {
     other: Option<Other>,
     buffer: f64,
     unblocked: u32,
-    /// Seconds that were spent on frames so far, and whether they were enough to know the link.
-    observed: f64,
+    /// Bytes that were received in the latest seconds that were spent on frames.
+    observed: (f64, f64),
+    /// Whether that was long enough once to know the link.
     known: bool,
 }
 
@@ -59,11 +66,11 @@ impl LinkRate {
             bytes: 0.0,
             seconds: 0.0,
             packed: false,
-            settled: SETTLED,
+            settled: 0,
             other: None,
             buffer: 0.0,
             unblocked: 0,
-            observed: 0.0,
+            observed: (0.0, 0.0),
             known: false,
         }
     }
@@ -71,16 +78,18 @@ impl LinkRate {
     /// Bytes a second that the link takes of a stream with packed or unpacked frames, as far as that is known.
     pub(super) fn of(&self, packed: bool) -> Option<f64> {
         let present = self.present().filter(|_| self.known)?;
-        let other = self.other.filter(|other| {
-            let changed = |beside: f64| (present / beside).max(beside / present);
-            packed != self.packed && other.beside.is_none_or(|beside| changed(beside) < ANOTHER)
-        });
+        let other = self.other.filter(|_| packed != self.packed);
         Some(other.map_or(present, |other| other.rate))
     }
 
     /// Bytes that are under way when a stream has sent a frame and begins the next: the link goes on with them meanwhile.
     pub(super) fn buffer(&self) -> f64 {
         self.buffer
+    }
+
+    /// Whether pages are packed and nobody knows how fast the link would take them unpacked.
+    pub(super) fn lacks_raw(&self) -> bool {
+        self.packed && self.other.is_none()
     }
 
     /// How many frames in a row did not wait.
@@ -94,56 +103,74 @@ impl LinkRate {
 
     /// Takes in how a frame was sent.
     pub(super) fn note(&mut self, packed: bool, measured: &Measured) {
-        if measured.bytes == 0 {
+        if measured.bytes < TOO_SMALL {
             return;
         }
         if packed != self.packed {
             self.change();
         }
         let (send, cpu) = (measured.send.as_secs_f64(), measured.send_cpu.as_secs_f64());
+        let time = send + measured.between.as_secs_f64();
         let queued = real(measured.queued_after);
-        let received = real(measured.bytes + measured.queued_before) - queued;
-        if send > cpu * WAITED.0 + WAITED.1 && received > 0.0 {
+        let received_in = |before: u64| real(measured.bytes + before) - queued;
+        let waited = send > cpu * WAITED.0 + WAITED.1;
+        // A link that never ran dry was busy while the stream encoded, too.
+        let busy = if measured.queued_before > 0 { time } else { send };
+        let received = received_in(if measured.queued_before > 0 { measured.queued_last } else { 0 });
+        if !self.known {
+            self.bytes += received_in(measured.queued_before).max(1.0);
+            self.seconds += send;
+        } else if waited && received > 0.0 {
             self.unblocked = 0;
-            (self.bytes, self.seconds) = (self.bytes * KEEP + received, self.seconds * KEEP + send);
-            self.settle();
+            (self.bytes, self.seconds) = (self.bytes * KEEP + received, self.seconds * KEEP + busy);
         } else {
             self.unblocked += 1;
         }
-        // What was received within a time is what the link takes at least.
-        let time = send + measured.between.as_secs_f64();
-        let all = real(measured.bytes + measured.queued_last) - queued;
-        self.observed += time;
-        for (bytes, seconds) in [(received, send), (all, time)] {
-            if seconds > TOO_SHORT && self.present().is_none_or(|rate| bytes / seconds > rate) {
-                (self.bytes, self.seconds) = (bytes.max(1.0), seconds);
-            }
-        }
-        self.known |= self.observed > LONG_ENOUGH + 2.0 * measured.round_trip.as_secs_f64();
+        self.known |= self.observed.1 + time > LONG_ENOUGH + 2.0 * measured.round_trip.as_secs_f64();
+        self.at_least(received_in(measured.queued_last), time);
+        self.settle();
         let on_its_way = self.present().unwrap_or(0.0) * measured.round_trip.as_secs_f64();
         self.buffer = (queued - on_its_way).max(self.buffer * BUFFER_KEEP).max(0.0);
     }
 
+    /// What was received within a time is what the link takes at least. The time must be long: shapers let bursts through.
+    fn at_least(&mut self, bytes: f64, seconds: f64) {
+        self.observed.0 += bytes;
+        self.observed.1 += seconds;
+        if self.observed.1 > WINDOW {
+            self.look_back();
+        }
+    }
+
+    /// Raises the rate to what was received lately, if that is more, and begins to look anew.
+    pub(super) fn look_back(&mut self) {
+        let (bytes, seconds) = std::mem::take(&mut self.observed);
+        if seconds > LONG_ENOUGH && self.present().is_none_or(|rate| bytes / seconds > rate) {
+            (self.bytes, self.seconds) = (bytes.max(1.0), seconds);
+        }
+    }
+
     /// Frames are of the other kind from now on.
     fn change(&mut self) {
-        let before = self.present();
         let next = self.of(!self.packed);
+        let before = self.present().filter(|_| self.settled == SETTLED);
         self.other = before.map(|rate| Other { rate, beside: None });
         self.packed = !self.packed;
         self.settled = 0;
         // What is known of the new kind counts as much as one frame.
         if let Some(rate) = next {
-            (self.bytes, self.seconds) = (rate * TOO_SHORT, TOO_SHORT);
+            (self.bytes, self.seconds) = (rate * LITTLE, LITTLE);
         }
     }
 
     fn settle(&mut self) {
         self.settled = (self.settled + 1).min(SETTLED);
-        let present = self.present();
-        if let Some(other) = self.other.as_mut().filter(|other| other.beside.is_none())
-            && self.settled == SETTLED
-        {
-            other.beside = present;
+        let Some((present, other)) = self.present().zip(self.other.as_mut()).filter(|_| self.settled == SETTLED) else {
+            return;
+        };
+        let beside = *other.beside.get_or_insert(present);
+        if (present / beside).max(beside / present) > ANOTHER {
+            self.other = None;
         }
     }
 }

@@ -54,6 +54,9 @@ const CPU_PRICE: f64 = 0.1;
 /// How far over its budget encoding may get, in seconds of processor time, before it pauses: an average, not a limit.
 const OVERDRAFT: f64 = 0.05;
 
+/// Frames that are sent unpacked then: more than a shaper lets through at once.
+const RAW_FRAMES: u32 = 4;
+
 /// Frames in a row that did not wait for the link, after which nobody knows how fast it is.
 const LONG_UNKNOWN: u32 = 16;
 
@@ -77,7 +80,7 @@ pub(crate) struct Terms {
 pub(crate) struct Choice {
     /// The codecs to try on each page, and the packing of the rest.
     pub(crate) codecs: Codecs,
-    /// The most pages to take, if there is a limit beside those of every frame.
+    /// The most pages to take that are not zero, if there is a limit beside those of every frame.
     pub(crate) pages: Option<u32>,
 }
 
@@ -118,6 +121,8 @@ pub(crate) struct Policy {
     link: LinkRate,
     work: Work,
     current: (Codecs, Why),
+    /// Frames that are still to be sent unpacked to see what the link takes.
+    raw_left: u32,
     round: u32,
     /// Processor time that encoding took, and time that passed, over all streams, in seconds.
     spent: f64,
@@ -128,9 +133,9 @@ pub(crate) struct Policy {
 
 impl Policy {
     pub(crate) fn new(terms: Terms) -> Self {
-        let cheap = Codecs { zero: true, rle: true, delta: terms.resends, dedup: true, packing: Packing::Stored };
-        // Between two hosts a link is taken to be slow until it is measured, which is after a frame: what the cheap codecs
-        // take is little, and what they miss at the start they miss for good.
+        let cheap = Codecs { rle: true, dedup: true, ..Codecs::ZERO };
+        // Between two hosts a link is taken to be slow until it is measured, which is after a frame or two: equal pages are
+        // found only if the first of them was looked at.
         let first = if terms.same_host { Codecs::ZERO } else { cheap };
         let mut work = Work::new();
         work.changed(&first);
@@ -139,6 +144,7 @@ impl Policy {
             link: LinkRate::new(),
             work,
             current: (first, Why::Unmeasured),
+            raw_left: 0,
             round: 0,
             spent: 0.0,
             elapsed: 0.0,
@@ -165,11 +171,28 @@ impl Policy {
         let codecs = best.0;
         self.work.changed(&codecs);
         self.current = best;
-        if codecs.packing != Packing::Stored && self.link.unblocked() >= LONG_UNKNOWN && self.work.try_raw() {
+        if self.looks_at_link() {
             let raw = Codecs { packing: Packing::Stored, ..codecs };
             return Choice { codecs: raw, pages: None };
         }
         Choice { codecs, pages: self.work.is_trial().then_some(TRIAL_PAGES) }
+    }
+
+    /// Whether to send a few frames unpacked: because packing keeps the link waiting and nobody knows what it could take, or
+    /// because the rate has changed and what looks like the link may be the other end.
+    fn looks_at_link(&mut self) -> bool {
+        let packs = self.current.0.packing != Packing::Stored;
+        let unknown = |policy: &mut Self| policy.link.unblocked() >= LONG_UNKNOWN && policy.work.try_raw();
+        if self.raw_left == 0 && packs && (self.link.lacks_raw() || unknown(self)) {
+            self.raw_left = RAW_FRAMES;
+            self.link.look_back();
+        } else if self.raw_left > 0 {
+            self.raw_left -= 1;
+            if self.raw_left == 0 {
+                self.link.look_back();
+            }
+        }
+        packs && self.raw_left > 0
     }
 
     /// Takes in what became of a frame that was made as `codecs` say.

@@ -27,6 +27,9 @@ const SEND: f64 = 0.25e-9;
 /// the host has to find.
 const PACE: (f64, f64) = (0.25, 2.0);
 
+/// A host is taken to be crowded by no more than this factor.
+const CROWDED: f64 = 4.0;
+
 /// What packing usually costs, in seconds a byte, and leaves, as a share: the beginning of a tar of libraries.
 const USUAL: [(Packing, f64, f64); 5] = [
     (Packing::Lz4, 2.2e-9, 0.53),
@@ -46,7 +49,11 @@ const FIRST_REST: u64 = 32;
 const LONGEST_REST: u64 = 1024;
 
 /// A codec that was on for no more frames than this did not pay.
-const SHORT_STAY: u64 = 8;
+const SHORT_STAY: u64 = 64;
+
+/// How many pages like usual ones are taken to have been packed before the first one, and before the first one of later
+/// trials: memory has stretches that pack and others that do not, and one frame may be of the latter.
+const BENEFIT_OF_DOUBT: (f64, f64) = (512.0, 128.0);
 
 /// Frames after which another packing than the one in use is judged by the latter.
 const STALE: u64 = 256;
@@ -59,8 +66,8 @@ pub(super) struct Recent {
 }
 
 impl Recent {
-    /// The weight that halves what was before: four full frames of pages.
-    const HALF: f64 = 1024.0;
+    /// The weight that halves what was before: eight full frames of pages.
+    const HALF: f64 = 2048.0;
 
     fn add(&mut self, sum: f64, weight: f64) {
         if weight > 0.0 {
@@ -173,6 +180,9 @@ pub(super) struct Work {
     anchor: Option<usize>,
     /// Frames sent raw only to see whether the link is faster than it was.
     raw: Rest,
+    /// Time that encoding took, and processor time of it.
+    time: Recent,
+    cpu: Recent,
     /// Processor time of pages, and what it would have been on a usual machine.
     spent: Recent,
     usual: Recent,
@@ -194,6 +204,8 @@ impl Work {
             packing: Rest::NEVER,
             anchor: None,
             raw: Rest { fresh: false, ..Rest::NEVER },
+            time: Recent::default(),
+            cpu: Recent::default(),
             spent: Recent::default(),
             usual: Recent::default(),
             send: Recent::default(),
@@ -271,9 +283,14 @@ impl Work {
         }
         usual += real(pages.plain) * PLAIN;
         if all * 2 > pages.all() {
-            self.spent.add(measured.pages_cpu.as_secs_f64(), real(pages.all()));
-            self.usual.add(usual, real(pages.all()));
+            // Now and then a frame pays for memory that those after it use: this is to be a long average.
+            let weight = real(pages.all()) / 8.0;
+            self.spent.add(measured.pages_cpu.as_secs_f64(), weight);
+            self.usual.add(usual, weight);
         }
+        let weight = real(pages.all()) / 8.0;
+        self.time.add(measured.between.as_secs_f64(), weight);
+        self.cpu.add((measured.pages_cpu + measured.pack_cpu).as_secs_f64(), weight);
         self.send.add(measured.send_cpu.as_secs_f64(), real(measured.bytes));
         self.note_packing(codecs.packing, measured);
     }
@@ -283,8 +300,18 @@ impl Work {
         if measured.block == 0 {
             return;
         }
+        let doubt = if self.anchor.is_none() { BENEFIT_OF_DOUBT.0 } else { BENEFIT_OF_DOUBT.1 };
         if std::mem::take(&mut self.packing.fresh) {
-            self.packings = [Packed::default(); USUAL.len()];
+            (self.packings, self.anchor) = ([Packed::default(); USUAL.len()], None);
+        }
+        if self.measured(index).is_none() {
+            // It may pack smaller than the one before, but that is to be seen.
+            let left = self.anchor.and_then(|anchor| self.measured(anchor)).map(|(_, left)| left);
+            let (cost, expected) = self.expected(index);
+            let left = left.unwrap_or(expected);
+            self.packings[index] = Packed::default();
+            self.packings[index].seconds.add(cost * doubt, doubt);
+            self.packings[index].bytes.add(left * doubt, doubt);
         }
         let (packed, weight) = (&mut self.packings[index], real(measured.block) / PAGE);
         packed.seconds.add(measured.pack_cpu.as_secs_f64() / PAGE, weight);
@@ -310,21 +337,27 @@ impl Work {
     /// Seconds to pack a byte, and what it leaves of it.
     pub(super) fn packing(&self, packing: Packing) -> (f64, f64) {
         let Some(index) = USUAL.iter().position(|(of, ..)| *of == packing) else { return (0.0, 1.0) };
-        let (_, usual_cost, usual_left) = USUAL[index];
-        let Some(anchor) = self.anchor.filter(|_| self.packing.believed(self.frame)) else {
-            return if index < FIRST_TRIED { (usual_cost, usual_left) } else { (NEVER, usual_left) };
-        };
-        let measured = |index: usize| {
-            let Packed { seconds, bytes, at } = self.packings[index];
-            (self.frame <= at + STALE).then_some(seconds.mean()?).zip(bytes.mean())
-        };
-        if let Some(measured) = measured(index) {
-            return measured;
+        if self.anchor.is_none() || !self.packing.believed(self.frame) {
+            let (_, cost, left) = USUAL[index];
+            return if index < FIRST_TRIED { (cost, left) } else { (NEVER, left) };
         }
-        let Some((cost, left)) = measured(anchor) else { return (usual_cost, usual_left) };
-        let (_, anchor_cost, anchor_left) = USUAL[anchor];
-        let gained = (1.0 - left) * (1.0 - usual_left) / (1.0 - anchor_left);
-        (usual_cost * cost / anchor_cost, (1.0 - gained).clamp(0.01, 1.0))
+        self.measured(index).unwrap_or_else(|| self.expected(index))
+    }
+
+    /// What a packing cost and left lately.
+    fn measured(&self, index: usize) -> Option<(f64, f64)> {
+        let Packed { seconds, bytes, at } = self.packings[index];
+        (self.frame <= at + STALE).then_some(seconds.mean()?).zip(bytes.mean())
+    }
+
+    /// What a packing may cost and leave, by the one that was measured last.
+    fn expected(&self, index: usize) -> (f64, f64) {
+        let (_, usual_cost, usual_left) = USUAL[index];
+        let last = self.anchor.and_then(|anchor| Some((USUAL[anchor], self.measured(anchor)?)));
+        last.map_or((usual_cost, usual_left), |((_, its_cost, its_left), (cost, left))| {
+            let gained = (1.0 - left) * (1.0 - usual_left) / (1.0 - its_left);
+            (usual_cost * cost / its_cost, (1.0 - gained).clamp(0.01, 1.0))
+        })
     }
 
     /// Seconds of processor time for a page that is not zero, up to what no codec takes, which is the rest: each page, and
@@ -344,6 +377,14 @@ impl Work {
     /// How long this machine takes for what takes a usual one a second.
     fn pace(&self) -> f64 {
         self.spent.mean().zip(self.usual.mean()).map_or(1.0, |(spent, usual)| (spent / usual).clamp(PACE.0, PACE.1))
+    }
+
+    /// How long a second of encoding takes on a host with other work.
+    pub(super) fn crowding(&self) -> f64 {
+        self.time
+            .mean()
+            .zip(self.cpu.mean().filter(|cpu| *cpu > 0.0))
+            .map_or(1.0, |(time, cpu)| (time / cpu).clamp(1.0, CROWDED))
     }
 
     /// Seconds of processor time to send a byte.

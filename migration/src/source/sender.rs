@@ -83,7 +83,8 @@ impl<'a> Sender<'a> {
             return Ok(false);
         }
         let (pages, encoded, filled_cpu) = (self.batch.counts(), self.batch.encoded(), watch.cpu());
-        let last = self.last.unwrap_or_else(|| Sent { at: begun.0, queued: watch.in_flight(channel.link()) });
+        let first = || Sent { at: begun.0, queued: watch.in_flight(channel.link()) };
+        let last = self.last.unwrap_or_else(first);
         let mut measured = Measured {
             pages,
             rle_bytes: encoded.rle,

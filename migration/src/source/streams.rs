@@ -146,7 +146,9 @@ impl Streams {
     /// Takes in what became of a frame.
     pub(super) fn note(&self, codecs: &Codecs, measured: &Measured) {
         if let Chooser::Policy(policy) = &self.codecs {
-            lock(policy).note(codecs, measured);
+            let mut policy = lock(policy);
+            policy.note(codecs, measured);
+            tracing::trace!(?codecs, ?measured, chosen = ?policy.chosen(), "frame");
         }
     }
 
