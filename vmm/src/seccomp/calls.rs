@@ -277,7 +277,7 @@ impl Permits {
             .plain_mappings()
             .clients()
             .confined_threads()
-            .calls(&[SYS_lseek, SYS_setsockopt])
+            .calls(&[SYS_lseek, SYS_setsockopt, SYS_getsockname, SYS_getpeername])
             .ioctls(&[libc::TIOCOUTQ])
     }
 
