@@ -4,7 +4,8 @@
 //! processors, whether both ends are on it, and the round trip of the connection. Neither the link's speed nor the target's
 //! processors are known, nor how well pages pack.
 //!
-//! - Between two processes of one host a second stream takes a processor from the guest or the other end: 1.
+//! - Between two processes of one host receiving takes longer than sending, so that a second stream helps where there is a
+//!   second processor, and more take the guest's: 2.
 //! - Else half of the processors may encode, at most [`BUSY`] and no more than the budget: the other half is the guest's.
 //! - Over a long way one lost packet halves the pace of its stream for many round trips: at least [`FAR`] streams.
 
@@ -13,6 +14,9 @@ use std::time::Duration;
 
 /// The most streams for the sake of encoding: four cores pack as much as 10 Gbit/s take.
 const BUSY: u16 = 4;
+
+/// The most streams within one host.
+const ONE_HOST: NonZeroU16 = NonZeroU16::new(2).expect("2 is not 0");
 
 /// The least streams over a long way.
 const FAR: u16 = 4;
@@ -37,7 +41,7 @@ pub(crate) struct Known {
 pub(crate) fn stream_count(known: &Known) -> NonZeroU16 {
     let Known { cpus, cpu_budget, same_host, round_trip } = *known;
     if same_host {
-        return NonZeroU16::MIN;
+        return cpus.min(ONE_HOST);
     }
     let affordable = (1..BUSY).take_while(|streams| f64::from(*streams) < cpu_budget).count();
     let affordable = u16::try_from(affordable).expect("it is less than BUSY") + 1;
@@ -71,9 +75,10 @@ mod tests {
     }
 
     #[test]
-    fn one_host_and_an_unknown_way_take_one() {
+    fn one_host_takes_two_and_an_unknown_way_one() {
         let known = Known { cpus: NonZeroU16::MAX, cpu_budget: 9.0, same_host: true, round_trip: Some(LONG) };
-        assert_eq!(stream_count(&known).get(), 1);
+        assert_eq!(stream_count(&known).get(), 2);
+        assert_eq!(stream_count(&Known { cpus: NonZeroU16::MIN, ..known }).get(), 1);
         assert_eq!(
             stream_count(&Known { cpus: NonZeroU16::MIN, same_host: false, round_trip: None, ..known }).get(),
             1

@@ -58,11 +58,12 @@ pub(super) fn forecast(codecs: &Codecs, work: &Work, link: &LinkRate, terms: &Te
     };
     // No more streams encode at once than there are processors.
     let seconds = seconds.max(cpu * streams / terms.cpus);
-    let chances = f64::from(u8::from(codecs.rle) + u8::from(codecs.dedup) + 2 * u8::from(codecs.delta));
+    // Runs are found whenever they come; the other two miss what they did not see before.
+    let chances = f64::from(u8::from(codecs.rle) + 2 * (u8::from(codecs.dedup) + u8::from(codecs.delta)));
     Forecast {
         bytes,
         encode: cpu,
-        score: seconds * (1.0 - CHANCE * chances) + CPU_PRICE * encode,
+        score: seconds * (1.0 - CHANCE * chances) + CPU_PRICE * cpu,
         fits: cpu * streams <= terms.budget * seconds * 1.001,
     }
 }

@@ -25,6 +25,9 @@ const ANOTHER: f64 = 1.5;
 /// A connection begins slowly: nothing is known before so many seconds and two round trips have passed.
 const LONG_ENOUGH: f64 = 1e-3;
 
+/// Nor before so many bytes or so many seconds: the other end takes its time for the first frame.
+const BEGINNING: (f64, f64) = (3e6, 25e-3);
+
 /// What is known of a kind of frames that was not sent lately counts for so many seconds.
 const LITTLE: f64 = 100e-6;
 
@@ -49,7 +52,8 @@ pub(super) struct LinkRate {
     unblocked: u32,
     /// Bytes that were received in the latest seconds that were spent on frames.
     observed: (f64, f64),
-    /// Whether that was long enough once to know the link.
+    /// Bytes and seconds of all frames, and whether that was enough to know the link.
+    begun: (f64, f64),
     known: bool,
 }
 
@@ -71,6 +75,7 @@ impl LinkRate {
             buffer: 0.0,
             unblocked: 0,
             observed: (0.0, 0.0),
+            begun: (0.0, 0.0),
             known: false,
         }
     }
@@ -126,7 +131,10 @@ impl LinkRate {
         } else {
             self.unblocked += 1;
         }
-        self.known |= self.observed.1 + time > LONG_ENOUGH + 2.0 * measured.round_trip.as_secs_f64();
+        self.begun = (self.begun.0 + real(measured.bytes), self.begun.1 + time);
+        let (bytes, seconds) = self.begun;
+        let began = seconds > LONG_ENOUGH + 2.0 * measured.round_trip.as_secs_f64() && bytes > BEGINNING.0;
+        self.known |= began || seconds > BEGINNING.1;
         self.at_least(received_in(measured.queued_last), time);
         self.settle();
         let on_its_way = self.present().unwrap_or(0.0) * measured.round_trip.as_secs_f64();

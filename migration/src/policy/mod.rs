@@ -127,7 +127,7 @@ pub(crate) struct Policy {
     /// Processor time that encoding took, and time that passed, over all streams, in seconds.
     spent: f64,
     elapsed: f64,
-    /// What the round was sent by, and how many pages.
+    /// What the round was sent by, and how many pages that are not zero.
     tally: Vec<(Codecs, Why, u64)>,
 }
 
@@ -161,13 +161,13 @@ impl Policy {
 
     /// How the next frame is to be made, by whichever stream asks.
     pub(crate) fn choose(&mut self) -> Choice {
-        let Some(best) = self.best() else { return Choice { codecs: self.current.0, pages: None } };
         self.work.frame();
         if self.overdrawn() {
             self.work.changed(&Codecs::ZERO);
             self.current = (Codecs::ZERO, Why::Budget);
             return Choice { codecs: Codecs::ZERO, pages: None };
         }
+        let Some(best) = self.best() else { return Choice { codecs: self.current.0, pages: None } };
         let codecs = best.0;
         self.work.changed(&codecs);
         self.current = best;
@@ -203,9 +203,11 @@ impl Policy {
         // Each stream has its own time, so all of them together pass time as often as there are streams.
         self.elapsed += (measured.between + measured.send).as_secs_f64() / f64::from(self.terms.streams);
         let why = if self.current.0 == *codecs { self.current.1 } else { Why::Trial };
+        // Zero pages are the same to all codecs.
+        let count = measured.pages.all() - measured.pages.zero;
         match self.tally.iter_mut().find(|(of, because, _)| of == codecs && *because == why) {
-            Some((_, _, pages)) => *pages += measured.pages.all(),
-            None => self.tally.push((*codecs, why, measured.pages.all())),
+            Some((_, _, pages)) => *pages += count,
+            None => self.tally.push((*codecs, why, count)),
         }
     }
 
