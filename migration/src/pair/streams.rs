@@ -31,7 +31,7 @@ fn every_harm_to_every_frame_of_a_further_stream_leaves_one_owner() {
         for (frame, harm) in (0..4).flat_map(|frame| Harm::FOUND.map(|harm| (frame, harm))) {
             let faults = vec![FaultAt { sender: SOURCE, stream: 1, frame, harm }];
             let fate = survive(&over(3, mode), Weather { faults, ..Weather::default() });
-            // What is cut after all has come is no loss.
+            // What happens after all has come is no loss.
             let certain = frame < 1 + usize::from(mode == Mode::Live) && harm != Harm::CutAfter;
             assert!(
                 fate == Fate::Stayed || (fate == Fate::Moved && !certain),

@@ -258,6 +258,11 @@ impl<'a, M: GuestPages, L: Link<Handle = M::Handle>> Driver<'a, L, M> {
 
     /// Whether all further streams are well. If one broke, the source may have more to say of it than that.
     fn check_streams(&mut self) -> Result<(), Fault> {
+        if self.intake.as_ref().is_some_and(|intake| intake.is_closed()) {
+            // All that they had to bring is here.
+            self.lost_stream = None;
+            return Ok(());
+        }
         let now = self.around.clock.now();
         if let Some(fault) = self.intake.as_ref().and_then(|intake| intake.take_failure()) {
             let explained = matches!(fault, Fault::Link(_));
