@@ -101,7 +101,7 @@ pub(super) fn migrate(
         let inside = door.clone();
         let target = scope.spawn(move || serve(far, host, claims, &far_clock, &inside));
         let around = Surroundings { clock: &near_clock, cancel: &cancel, observer: &mut source_diary };
-        let further = source::Further { dial: &mut || door.dial(), thread: &|| {} };
+        let further = source::Further { dial: &mut |_| door.dial(), thread: &|| {} };
         let outcome = source::run(guest, &mut near, plan, around, further);
         near.hang_up();
         (outcome, target.join().unwrap())

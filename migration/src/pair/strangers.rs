@@ -120,7 +120,7 @@ fn to_source(answers: &[Vec<u8>]) -> Outcome<FakeGuest> {
             drop(far);
         });
         let around = Surroundings { clock: &near_clock, cancel: &cancel, observer: &mut Unobserved };
-        let further = Further { dial: &mut || door.dial(), thread: &|| {} };
+        let further = Further { dial: &mut |_| door.dial(), thread: &|| {} };
         let outcome = source::run(FakeGuest::new(&world), &mut near, &plan(Mode::Live), around, further);
         drop(near);
         outcome

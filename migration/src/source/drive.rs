@@ -156,16 +156,20 @@ impl<'a, L: Link> Drive<'a, L> {
         if self.cancel.is_cancelled() {
             return Err(SourceError::Cancelled);
         }
-        let mut patience = self.plan.patience;
-        if let Some(limit) = self.plan.timeout {
-            let left = (self.started + limit).saturating_sub(self.clock.now());
-            if left.is_zero() {
-                return Err(SourceError::OutOfTime { limit });
+        let left = self.time_left();
+        match self.plan.timeout {
+            Some(limit) if left.is_zero() => Err(SourceError::OutOfTime { limit }),
+            Some(_) | None => {
+                self.channel.link().set_patience(left);
+                Ok(())
             }
-            patience = patience.min(left);
         }
-        self.channel.link().set_patience(patience);
-        Ok(())
+    }
+
+    /// How long one thing may take: no longer than patience lasts, nor than the migration may take.
+    pub(super) fn time_left(&self) -> Duration {
+        let left = self.plan.timeout.map(|limit| (self.started + limit).saturating_sub(self.clock.now()));
+        left.map_or(self.plan.patience, |left| left.min(self.plan.patience))
     }
 
     /// Sends a frame.

@@ -140,8 +140,8 @@ impl fmt::Debug for Surroundings<'_> {
 
 /// How a migration gets streams beside the first, which is the link it begins on.
 pub struct Further<'a, L> {
-    /// Connects one more link to the target.
-    pub dial: &'a mut dyn FnMut() -> Result<L, LinkError>,
+    /// Connects one more link to the target, within so long.
+    pub dial: &'a mut dyn FnMut(Duration) -> Result<L, LinkError>,
     /// What the thread of each does first.
     pub thread: &'a (dyn Fn() + Sync),
 }
@@ -289,7 +289,10 @@ impl<G: SourceGuest> Precopy<G> {
         };
         let opened = (1..streams).try_for_each(|_| {
             drive.check()?;
-            let link = dial().map_err(SourceError::Link)?;
+            let link = match dial(drive.time_left()) {
+                Ok(link) => link,
+                Err(error) => return Err(drive.check().err().unwrap_or(SourceError::Link(error))),
+            };
             crew.hire(scope, link, terms, self.custody.guest.memory()).map_err(|error| SourceError::Link(error.into()))
         });
         match opened {

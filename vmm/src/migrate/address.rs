@@ -11,8 +11,8 @@ use std::time::Duration;
 use thiserror::Error;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-/// How long each address of a target may take to answer.
-const DIAL_WITHIN: Duration = Duration::from_secs(10);
+/// How long each address of a target may take to answer at most.
+pub const DIAL_WITHIN: Duration = Duration::from_secs(10);
 
 /// How long `accept` sleeps when nobody comes; only its end needs it.
 const ACCEPT_WAIT: Duration = Duration::from_secs(3600);
@@ -73,11 +73,14 @@ pub struct Dialled {
     pub exactly: PeerAddress,
 }
 
-/// Connects to the Godwit that waits at `address`, by TCP with the congestion control of this name, if there is one.
+/// Connects to the Godwit that waits at `address`, by TCP with the congestion control of this name, if there is one. Each
+/// address of it may take `within` to answer, and no longer than [`DIAL_WITHIN`].
 ///
 /// # Errors
 /// [`AddressUseError`], with what to do.
-pub fn dial(address: &PeerAddress, congestion: Option<&str>) -> Result<Dialled, AddressUseError> {
+pub fn dial(address: &PeerAddress, congestion: Option<&str>, within: Duration) -> Result<Dialled, AddressUseError> {
+    // 0 is refused by the standard library.
+    let within = within.clamp(Duration::from_millis(1), DIAL_WITHIN);
     let unreachable = |source| AddressUseError::Unreachable { address: address.clone(), source };
     match address {
         PeerAddress::Unix(_) if congestion.is_some() => Err(AddressUseError::NoTcp { address: address.clone() }),
@@ -89,7 +92,7 @@ pub fn dial(address: &PeerAddress, congestion: Option<&str>) -> Result<Dialled, 
             let unknown = || AddressUseError::UnknownHost { address: address.clone() };
             let mut last = unknown();
             for candidate in (host.as_str(), *port).to_socket_addrs().map_err(|_| unknown())? {
-                match TcpStream::connect_timeout(&candidate, DIAL_WITHIN) {
+                match TcpStream::connect_timeout(&candidate, within) {
                     Ok(stream) => {
                         tcp::prepare_source(&stream, congestion).map_err(|source| match congestion {
                             Some(name) => AddressUseError::Congestion { name: name.to_owned(), source },
@@ -218,7 +221,7 @@ mod tests {
 
     fn meets(address: &str) {
         let listener = Listener::bind(&address.parse().unwrap()).unwrap();
-        let Dialled { link: mut near, exactly } = dial(&listener.address(), None).unwrap();
+        let Dialled { link: mut near, exactly } = dial(&listener.address(), None, DIAL_WITHIN).unwrap();
         assert_eq!(exactly, listener.address());
         let mut far = listener.accept().unwrap().unwrap();
         near.send(b"x", &[]).unwrap();
@@ -236,10 +239,10 @@ mod tests {
     #[test]
     fn a_congestion_control_is_one_of_this_hosts_and_for_tcp() {
         let listener = Listener::bind(&"tcp://127.0.0.1:0".parse().unwrap()).unwrap();
-        dial(&listener.address(), Some("reno")).unwrap();
-        let error = dial(&listener.address(), Some("nosuch")).unwrap_err().to_string();
+        dial(&listener.address(), Some("reno"), DIAL_WITHIN).unwrap();
+        let error = dial(&listener.address(), Some("nosuch"), DIAL_WITHIN).unwrap_err().to_string();
         assert!(error.contains(r#"cannot go by "nosuch"; it has "#) && error.contains("reno"), "{error}");
-        let error = dial(&"unix:/nonexistent".parse().unwrap(), Some("reno")).unwrap_err().to_string();
+        let error = dial(&"unix:/nonexistent".parse().unwrap(), Some("reno"), DIAL_WITHIN).unwrap_err().to_string();
         assert!(error.contains("no TCP address"), "{error}");
     }
 
@@ -254,7 +257,7 @@ mod tests {
     #[test]
     fn nobody_there_says_what_to_start() {
         for address in ["tcp://127.0.0.1:1", "unix:/nonexistent/m.sock"] {
-            let error = dial(&address.parse().unwrap(), None).unwrap_err();
+            let error = dial(&address.parse().unwrap(), None, DIAL_WITHIN).unwrap_err();
             assert!(error.to_string().contains(&format!("godwit receive {address}")), "{error}");
         }
     }

@@ -4,7 +4,7 @@ use super::Message;
 use super::board::Board;
 use super::watcher::Watcher;
 use crate::machine::Machine;
-use crate::migrate::address::{AddressUseError, Dialled, dial};
+use crate::migrate::address::{AddressUseError, DIAL_WITHIN, Dialled, dial};
 use crate::migrate::leaving::Leaving;
 use crate::migrate::link::SocketCutter;
 use crate::migrate::ownership::Ownership;
@@ -119,7 +119,8 @@ struct Journey {
 impl Journey {
     fn make(self, machine: Box<Machine>, mut watcher: Watcher) -> Departure {
         let Self { plan, to, congestion, ownership, cancel, cutter } = self;
-        let Dialled { mut link, exactly } = match dial(&to, congestion.as_deref()) {
+        let Dialled { mut link, exactly } = match dial(&to, congestion.as_deref(), plan.timeout.unwrap_or(DIAL_WITHIN))
+        {
             Ok(dialled) => dialled,
             Err(error) => return Departure::Unreachable(machine, error),
         };
@@ -128,7 +129,7 @@ impl Journey {
             Err(error) => tracing::warn!(%error, "a cancel will have to wait for the target"),
         }
         let around = Surroundings { clock: &HostClock::new(), cancel: &cancel, observer: &mut watcher };
-        let mut dial_again = || match dial(&exactly, congestion.as_deref()) {
+        let mut dial_again = |within| match dial(&exactly, congestion.as_deref(), within) {
             Ok(dialled) => Ok(dialled.link),
             Err(error) => Err(LinkError::Io(io::Error::other(error))),
         };
@@ -146,7 +147,7 @@ pub(crate) fn ask_target(doubt: Box<InDoubt<Leaving>>, to: PeerAddress, inbox: &
         move || {
             seccomp::enter(ThreadKind::MigrateSource);
             let Ok(doubt) = take.recv() else { return };
-            let outcome = match dial(&to, None) {
+            let outcome = match dial(&to, None, DIAL_WITHIN) {
                 Ok(mut target) => doubt.ask(&mut target.link, &HostClock::new()),
                 Err(error) => {
                     tracing::warn!(%error, "the target cannot be asked whose the guest is");
