@@ -16,6 +16,7 @@ mod custody;
 mod doubt;
 mod drive;
 mod error;
+mod plan;
 mod sender;
 mod steering;
 mod streams;
@@ -23,31 +24,27 @@ mod streams;
 pub use custody::Failed;
 pub use doubt::{InDoubt, Owner};
 pub use error::SourceError;
+pub use plan::{MemoryPolicy, Plan};
 
 use crate::cancel::CancelToken;
 use crate::channel::host_error;
 use crate::clock::Clock;
-use crate::codec::Codecs;
-use crate::convergence::Goal;
 use crate::digest;
 use crate::guest::{Description, GuestPages, HandleOf, SourceGuest};
 use crate::link::{Link, LinkError};
 use crate::pacer::Pacer;
-use crate::policy::{self, Policy};
 use crate::progress::{Observer, Phase};
 use crate::region::{MAX_REGION_PAGES, MAX_REGIONS, RamRegion};
 use crate::report::Report;
-use crate::stream_count::{self, Known};
 use crate::wire::{Frame, Hello, Kind, MAX_MACHINE, MAX_STATE, Mode, Seal, Transfer};
 use custody::{Custody, Step};
 use drive::{Answer, Drive};
 use std::fmt;
-use std::num::{NonZeroU16, NonZeroU64};
-use std::sync::Mutex;
+use std::num::NonZeroU16;
 use std::thread::{self, Scope};
 use std::time::Duration;
 use steering::Then;
-use streams::{Chooser, Crew, Streams, Terms};
+use streams::{Crew, Streams, Terms};
 use uuid::Uuid;
 
 /// The name of this build, for the other end's messages.
@@ -55,72 +52,6 @@ const BUILD: &str = concat!("godwit ", env!("CARGO_PKG_VERSION"));
 
 /// How long what a target has let go of may take to be free: its word may overtake the lock service of a file system.
 const LET_GO: Duration = Duration::from_secs(1);
-
-/// How the guest's memory is to get to the target.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum MemoryPolicy {
-    /// It is passed where both ends are on one host, and else its content is sent.
-    Auto,
-    /// Its content is sent.
-    Copy,
-    /// It is passed, or the guest stays.
-    Pass,
-}
-
-/// How one migration is to go.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Plan {
-    /// A name for this attempt that was never used before.
-    pub session: Uuid,
-    /// Whether the guest runs while its memory moves.
-    pub mode: Mode,
-    /// Whether both ends compare a digest of all memory before the guest is handed over. Costs downtime.
-    pub verify: bool,
-    /// How the guest's memory is to get to the target. Where it is passed, there are no rounds, no further streams and no
-    /// codecs.
-    pub memory: MemoryPolicy,
-    /// When to pause the guest, in live mode.
-    pub goal: Goal,
-    /// How long it all may take until the guest is handed over; `None` for as long as it needs.
-    pub timeout: Option<Duration>,
-    /// How long to wait for an answer, or for a byte to move.
-    pub patience: Duration,
-    /// The most bytes a second over all streams together, to within a twentieth; `None` for as many as the link takes.
-    pub bandwidth: Option<NonZeroU64>,
-    /// Over how many streams pages go, at most [`MAX_STREAMS`](crate::wire::MAX_STREAMS); `None` for as many as
-    /// the engine finds good.
-    pub streams: Option<NonZeroU16>,
-    /// How pages may be made smaller; `None` for as it turns out to be best by measurements.
-    pub codecs: Option<Codecs>,
-    /// Processors of this host.
-    pub cpus: NonZeroU16,
-    /// How many of them encoding may take on average, where the codecs are chosen by measurements; more than 0.
-    pub cpu_budget: f64,
-    /// The most memory for copies of pages that were sent, where the codecs need any, in bytes.
-    pub delta_cache: usize,
-}
-
-impl Plan {
-    /// A plan with usual values.
-    #[must_use]
-    pub fn new(session: Uuid, mode: Mode) -> Self {
-        Self {
-            session,
-            mode,
-            verify: false,
-            memory: MemoryPolicy::Auto,
-            goal: Goal::default(),
-            timeout: None,
-            patience: Duration::from_secs(30),
-            bandwidth: None,
-            streams: None,
-            codecs: None,
-            cpus: NonZeroU16::MIN,
-            cpu_budget: 1.0,
-            delta_cache: 64 << 20,
-        }
-    }
-}
 
 /// What a migration needs besides the guest and the link.
 pub struct Surroundings<'a> {
@@ -196,7 +127,7 @@ struct Ready<G> {
 type Next<T, G> = Result<T, Box<Failed<G>>>;
 
 /// Migrates `guest` over `link`, and over the links that `further` gives where the plan has more streams. The caller should
-/// close the link when this returns: the target waits for that a while.
+/// close the link when this returns: a target that did not get the guest waits for that a while.
 pub fn run<G: SourceGuest, L: Link<Handle = HandleOf<G::Memory>>>(
     guest: G,
     link: &mut L,
@@ -204,8 +135,8 @@ pub fn run<G: SourceGuest, L: Link<Handle = HandleOf<G::Memory>>>(
     around: Surroundings<'_>,
     further: Further<'_, L>,
 ) -> Outcome<G> {
-    let count = stream_count(plan, link);
-    let streams = Streams::new(count, chooser(plan, link, count), plan.bandwidth.map(|cap| Pacer::new(cap, count)));
+    let count = plan.stream_count(link);
+    let streams = Streams::new(count, plan.chooser(link, count), plan.bandwidth.map(|cap| Pacer::new(cap, count)));
     let Surroundings { clock, cancel, observer } = around;
     let Further { dial, thread } = further;
     thread::scope(|scope| {
@@ -500,21 +431,4 @@ fn check_transfer(policy: MemoryPolicy, offered: Transfer, got: Transfer) -> Res
         (Transfer::Passed, Transfer::Copied) if policy == MemoryPolicy::Pass => Err(SourceError::NotPassed),
         _ => Ok(()),
     }
-}
-
-fn stream_count(plan: &Plan, link: &impl Link) -> NonZeroU16 {
-    let Plan { cpus, cpu_budget, .. } = *plan;
-    let known = || Known { cpus, cpu_budget, same_host: link.same_host(), round_trip: link.round_trip() };
-    plan.streams.unwrap_or_else(|| stream_count::stream_count(&known()))
-}
-
-fn chooser(plan: &Plan, link: &impl Link, streams: NonZeroU16) -> Chooser {
-    let terms = || policy::Terms {
-        cpus: plan.cpus.get().into(),
-        budget: plan.cpu_budget,
-        streams: streams.get(),
-        resends: plan.mode == Mode::Live,
-        same_host: link.same_host(),
-    };
-    plan.codecs.map_or_else(|| Chooser::Policy(Box::new(Mutex::new(Policy::new(terms())))), Chooser::User)
 }
