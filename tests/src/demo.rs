@@ -12,7 +12,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
-use control::{After, EventStream, Happening, MigrationMode, Phase};
+use control::{After, EventStream, Happening, MigrationMode};
 use serde::Serialize;
 use tempfile::TempDir;
 use verifier::report::{Line, Report};
@@ -153,7 +153,6 @@ impl<'a> Stage<'a> {
         call_migrate(self.context, &source, &target, mode, self.telling)?;
         let account = account.join().map_err(|_| anyhow!("The thread that keeps account has panicked"))??;
         source.finish(MOVE_WITHIN)?.expect(0, "The guest has moved to")?;
-        target.await_phase(Phase::Running)?;
         let guest_downtime = silence::between(&mut console, &mut arrival)?;
         let report = ask_for_report(&mut arrival)?;
         if !report.ok {

@@ -156,6 +156,19 @@ impl Godwit {
         }
     }
 
+    /// How the migration ended that brought its guest. The last word of it may still be on its way from the source.
+    pub fn arrival(&self) -> Result<MigrationStatus> {
+        let deadline = Instant::now() + START_WITHIN;
+        loop {
+            let status = self.migration()?.context("The target has no account of the migration")?;
+            if status.state != MigrationState::Active {
+                return Ok(status);
+            }
+            ensure!(Instant::now() < deadline, "The target's account is still {status:?}:\n{}", self.words());
+            sleep(LOOK_EVERY);
+        }
+    }
+
     /// Waits until it is in `phase`.
     pub fn await_phase(&self, phase: Phase) -> Result<()> {
         let deadline = Instant::now() + START_WITHIN;
@@ -185,8 +198,9 @@ impl Godwit {
     pub fn migrate_as(self, order: StartMigration, to: &Self, within: Duration) -> Result<MigrationStatus> {
         self.client().call(&Request::StartMigration(order))?;
         self.finish(within)?.expect(0, "The guest has moved to")?;
-        to.await_phase(Phase::Running)?;
-        let status = to.migration()?.context("The target has no account of the migration")?;
+        let phase = to.vm()?.phase;
+        ensure!(phase == Phase::Running, "The source has ended, but the target is {phase}");
+        let status = to.arrival()?;
         ensure!(status.state == MigrationState::Completed, "The target's account is {status:?}");
         Ok(status)
     }

@@ -93,7 +93,7 @@ impl Traveller {
         self.console = console;
         let source = std::mem::replace(&mut self.godwit, target);
         source.finish(MOVE_WITHIN)?.expect(0, "The guest has moved to")?;
-        let status = self.godwit.migration()?.context("The target has no account of the migration")?;
+        let status = self.godwit.arrival()?;
         let guest_downtime = last.map_or(Duration::ZERO, |last| first.saturating_duration_since(last));
         self.longest_downtime = self.longest_downtime.max(guest_downtime);
         Ok(Move { status, guest_downtime })

@@ -403,15 +403,15 @@ impl<'a, L: Link> Drive<'a, L> {
         }
     }
 
-    /// Tells the target what it all took. Whether it hears changes nothing.
+    /// Tells the target what it all took, and waits a while until it has hung up: it tells of the guest then. Whether it
+    /// hears changes nothing.
     pub(super) fn tell_report(&mut self, report: &Report) {
         self.channel.link().set_patience(LAST_WORDS);
         match serde_json::to_vec(report) {
-            Ok(json) if json.len() <= MAX_REPORT => {
-                if let Err(error) = self.channel.send(&Frame::Report(&json)) {
-                    tracing::warn!(error = in_words(&error), "the target was not told the source's report");
-                }
-            }
+            Ok(json) if json.len() <= MAX_REPORT => match self.channel.send(&Frame::Report(&json)) {
+                Ok(()) => self.channel.linger(LAST_WORDS, || self.clock.now()),
+                Err(error) => tracing::warn!(error = in_words(&error), "the target was not told the source's report"),
+            },
             Ok(json) => tracing::warn!(bytes = json.len(), "the report is too long to tell the target"),
             Err(error) => tracing::warn!(%error, "the report cannot be encoded"),
         }

@@ -64,7 +64,8 @@ pub enum Arrival {
     Answered(Claim),
 }
 
-/// Serves one link to its end: takes a guest in, or answers a question. A process in which a guest runs that came by
+/// Serves one link to its end: takes a guest in, or answers a question. The caller should close the link once it tells of
+/// the guest: the source waits for that a while. A process in which a guest runs that came by
 /// migration should go on to serve links with a host that refuses every offer, so that questions are answered.
 ///
 /// # Errors
@@ -287,12 +288,10 @@ impl<'a, M: GuestPages, L: Link<Handle = M::Handle>> Driver<'a, L, M> {
     fn welcome(&mut self, arrived: Arrived) -> Report {
         let at = moment(&self.around, &self.channel, self.intake.as_deref());
         let own = arrived.report(at.now, at.bytes, self.leave());
-        let report = match self.hear_report(own.session) {
+        match self.hear_report(own.session) {
             Some(source) => own.joined(source),
             None => own,
-        };
-        self.linger();
-        report
+        }
     }
 
     /// Says the last word. Whether it arrives changes nothing here: the source will ask.

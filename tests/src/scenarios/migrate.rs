@@ -126,9 +126,8 @@ fn told_alike(context: &Context, source: Godwit) -> Result<Godwit> {
     ended.expect(0, "")?;
     print!("{told}");
     source.finish(Duration::from_secs(30))?.expect(0, "The guest has moved to")?;
-    target.await_phase(Phase::Running)?;
     let there: MigrationStatus = serde_json::from_str(&told)?;
-    let here = target.migration()?.context("The target has no account of the migration")?;
+    let here = target.arrival()?;
     let alike = MigrationStatus { role: MigrationRole::Source, peer: there.peer.clone(), ..here.clone() };
     ensure!(here.role == MigrationRole::Target && alike == there, "The source tells {there:?}, the target {here:?}");
     let (downtime, part) = there.downtime_ms.zip(there.target_part).context("The downtime is not told")?;

@@ -55,8 +55,17 @@ enum Stage {
     Restored { machine: Box<Machine>, running: bool },
 }
 
-/// Hears of each machine that is let in, before its memory comes, and may be unable to keep a record of it.
-pub type LetIn = Box<dyn FnMut(&MachineConfig, &Offer<'_>) -> Result<(), OwnershipError> + Send>;
+/// Whom a machine comes to.
+pub trait Recipient: Send {
+    /// Takes note of a machine that is let in, before its memory comes.
+    ///
+    /// # Errors
+    /// No record of it can be kept.
+    fn let_in(&mut self, config: &MachineConfig, offer: &Offer<'_>) -> Result<(), OwnershipError>;
+
+    /// Takes the machine, whose guest goes on from now on. The source does not hear of it before this has returned.
+    fn take(&mut self, machine: Machine);
+}
 
 /// This host, as it waits for one machine.
 pub struct Arriving {
@@ -64,7 +73,7 @@ pub struct Arriving {
     resources: HostResources,
     line: Arc<SerialLine>,
     listener: NoticeListener,
-    prepared: LetIn,
+    recipient: Box<dyn Recipient>,
     stage: Stage,
 }
 
@@ -75,26 +84,17 @@ impl fmt::Debug for Arriving {
 }
 
 impl Arriving {
-    /// A host that lays `resources` over what a machine brings along. `listener` hears what happens to it, and `prepared`
-    /// of each machine that is let in.
+    /// A host that lays `resources` over what a machine brings along, and gives it to `recipient`. `listener` hears what
+    /// happens to it.
     #[must_use]
     pub fn new(
         host: Arc<KvmHost>,
         resources: HostResources,
         line: Arc<SerialLine>,
         listener: NoticeListener,
-        prepared: LetIn,
+        recipient: Box<dyn Recipient>,
     ) -> Self {
-        Self { host, resources, line, listener, prepared, stage: Stage::Nothing }
-    }
-
-    /// The machine that arrived.
-    #[must_use]
-    pub fn into_machine(self) -> Option<Machine> {
-        match self.stage {
-            Stage::Restored { machine, running: _ } => Some(*machine),
-            Stage::Nothing | Stage::Empty { .. } => None,
-        }
+        Self { host, resources, line, listener, recipient, stage: Stage::Nothing }
     }
 
     fn build(&mut self, offer: &Offer<'_>, passed: Option<OwnedFd>) -> Result<(Stage, GuestMemory), Unsuited> {
@@ -113,7 +113,7 @@ impl Arriving {
         if memory.regions() != offer.regions {
             return Err(Unsuited::Regions { bytes });
         }
-        (self.prepared)(&config, offer)?;
+        self.recipient.let_in(&config, offer)?;
         let (line, listener) = (Arc::clone(&self.line), Arc::clone(&self.listener));
         let machine = EmptyMachine::around(&self.host, config, memory.clone(), resources, line, listener)?;
         Ok((Stage::Empty { machine: Box::new(machine), cpu, running }, memory))
@@ -149,11 +149,14 @@ impl TargetHost for Arriving {
     }
 
     fn run(&mut self) -> Result<(), ArriveError> {
-        let Stage::Restored { machine, running } = &mut self.stage else { return Err(ArriveError::NothingHere) };
-        if *running {
+        let Stage::Restored { mut machine, running } = std::mem::replace(&mut self.stage, Stage::Nothing) else {
+            return Err(ArriveError::NothingHere);
+        };
+        if running {
             machine.run();
         }
         machine.announce();
+        self.recipient.take(*machine);
         Ok(())
     }
 

@@ -6,7 +6,7 @@
 use crate::config::{DirtyTracking, MachineConfig};
 use crate::machine::Machine;
 use control::{
-    API_VERSION, BalloonInfo, DirtyRate, DirtyTrackerKind, DiskCounters, DiskInfo, DiskList, Events, Happening,
+    API_VERSION, BalloonInfo, DirtyRate, DirtyTrackerKind, DiskCounters, DiskInfo, DiskList, Events, Happening, JobId,
     LastDirtyRate, LastMigration, MeasurementState, MeasurementStatus, MigrationStatus, NicBackend, NicCounters,
     NicInfo, NicList, Phase, VmInfo,
 };
@@ -83,8 +83,8 @@ impl Board {
         }
     }
 
-    /// Posts the machine that is here now.
-    pub(crate) fn post_machine(&self, machine: &Machine) {
+    /// Posts the machine that is here now, and whether its guest runs.
+    pub(crate) fn take_in(&self, machine: &Machine) {
         let disks = machine.disks().iter().map(|disk| {
             disk.with(|disk, _| DiskNotes { bytes: disk.backend().capacity(), counters: Arc::clone(disk.counters()) })
         });
@@ -95,6 +95,7 @@ impl Board {
             balloon: machine.balloon().cloned(),
         };
         self.notes().machine = Some(notes);
+        self.enter(if machine.is_running() { Phase::Running } else { Phase::Paused });
     }
 
     /// Posts a migration that begins.
@@ -109,18 +110,22 @@ impl Board {
         self.events.publish(begun);
     }
 
-    /// Changes what is posted of the migration, and how long it has taken.
-    pub(crate) fn note_migration(&self, note: impl FnOnce(&mut MigrationStatus)) {
-        if let Some(MoveNotes { status, begun }) = &mut self.notes().migration {
-            status.total_ms = begun.elapsed().into();
-            note(status);
-        }
+    /// Changes what is posted of a migration, and how long it has taken; nothing if another has begun since.
+    pub(crate) fn note_migration<T>(&self, job: JobId, note: impl FnOnce(&mut MigrationStatus) -> T) -> Option<T> {
+        let mut notes = self.notes();
+        let MoveNotes { status, begun } = notes.migration.as_mut().filter(|posted| posted.status.job == job)?;
+        status.total_ms = begun.elapsed().into();
+        Some(note(status))
     }
 
-    /// Says that the migration is over, as it is posted.
-    pub(crate) fn end_migration(&self) {
-        if let Some(migration) = self.migration() {
-            self.events.publish(Happening::MigrationEnded { migration: Box::new(migration) });
+    /// The same for the last time, and says so.
+    pub(crate) fn end_migration(&self, job: JobId, note: impl FnOnce(&mut MigrationStatus)) {
+        let ended = self.note_migration(job, |status| {
+            note(status);
+            Box::new(status.clone())
+        });
+        if let Some(migration) = ended {
+            self.events.publish(Happening::MigrationEnded { migration });
         }
     }
 

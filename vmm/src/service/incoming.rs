@@ -9,9 +9,10 @@ use crate::kvm::KvmHost;
 use crate::machine::{Machine, NoticeListener, SerialLine};
 use crate::memory::GuestMemory;
 use crate::migrate::address::{Accepted, AddressUseError, Listener};
-use crate::migrate::arriving::Arriving;
+use crate::migrate::arriving::{Arriving, Recipient};
 use crate::migrate::claims::ClaimRecord;
 use crate::migrate::link::{SocketCutter, SocketLink};
+use crate::migrate::ownership::OwnershipError;
 use crate::seccomp::{self, ThreadKind};
 use control::{
     JobId, MigrationMode, MigrationRole, MigrationState, MigrationStatus, MigrationStep, PeerAddress, Phase,
@@ -150,12 +151,21 @@ impl Porter {
 
     fn serve_link(&mut self, mut link: SocketLink) {
         *self.desk.link.lock().unwrap_or_else(PoisonError::into_inner) = link.cutter().ok();
-        if self.guest_is_here {
+        let was_here = self.guest_is_here;
+        if was_here {
             self.answer(&mut link);
         } else {
             self.admit(&mut link);
         }
         *self.desk.link.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        drop(link);
+        // Nobody is to wait for a disk.
+        if self.guest_is_here
+            && !was_here
+            && let Err(error) = self.claims.sync()
+        {
+            tracing::warn!(error = in_words(&error), "a crash of this host may leave it open whose the guest is");
+        }
     }
 
     /// Serves a link after a guest has come: questions are answered, offers refused.
@@ -168,54 +178,56 @@ impl Porter {
     /// Serves a link while there is room for a guest.
     fn admit(&mut self, link: &mut SocketLink) {
         let Host { kvm, resources, line, listener } = self.host.clone();
-        let offered = {
-            let (board, claims) = (self.board.clone(), Arc::clone(&self.claims));
-            let peer = self.desk.listener.address();
-            Box::new(move |config: &MachineConfig, offer: &Offer<'_>| {
-                claims.expect(offer.session, config.uuid)?;
-                board.begin_migration(status(JobId(offer.session), peer.clone(), offer.mode));
-                board.enter(Phase::Incoming);
-                Ok(())
-            })
+        let recipient = ToService {
+            claims: Arc::clone(&self.claims),
+            peer: self.desk.listener.address(),
+            board: self.board.clone(),
+            inbox: self.inbox.clone(),
         };
-        let mut arriving = Arriving::new(kvm, resources, line, listener, offered);
+        let mut arriving = Arriving::new(kvm, resources, line, listener, Box::new(recipient));
         let mut onlooker = Onlooker { board: self.board.clone(), watcher: None };
         match self.desk.receive(link, &mut arriving, &self.claims, &mut onlooker) {
             Ok(Arrival::Running(report)) => {
-                if let Err(error) = self.claims.sync() {
-                    tracing::warn!(
-                        error = in_words(&error),
-                        "a crash of this host may leave it open whose the guest is"
-                    );
-                }
-                if let Some(machine) = arriving.into_machine() {
-                    self.welcome(machine);
-                    post_report(&self.board, &report);
-                }
+                self.guest_is_here = true;
+                post_report(&self.board, &report);
             }
             Ok(Arrival::Answered(_)) => {}
-            Err(fault @ Fault::NotRunning(_)) => {
-                // The guest is here all the same, and nobody else has it.
-                if let Some(machine) = arriving.into_machine() {
-                    self.welcome(machine);
-                }
-                post_failure(&self.board, MigrationState::Failed, in_words(&fault));
-            }
             Err(fault) => self.see_off(&fault),
         }
-    }
-
-    fn welcome(&mut self, machine: Machine) {
-        self.guest_is_here = true;
-        let _ = self.inbox.send(Message::Arrived(Box::new(machine)));
     }
 
     fn see_off(&self, fault: &Fault) {
         if self.board.phase() == Phase::Incoming {
             self.board.enter(Phase::Receiving);
-            post_failure(&self.board, MigrationState::Failed, in_words(fault));
+            if let Some(MigrationStatus { job, .. }) = self.board.migration() {
+                post_failure(&self.board, job, MigrationState::Failed, in_words(fault));
+            }
         }
         let _ = self.inbox.send(Message::NotArrived(in_words(fault)));
+    }
+}
+
+/// Gives a machine to the service.
+struct ToService {
+    claims: Arc<ClaimRecord>,
+    /// Where it comes in.
+    peer: PeerAddress,
+    board: Board,
+    inbox: Sender<Message>,
+}
+
+impl Recipient for ToService {
+    fn let_in(&mut self, config: &MachineConfig, offer: &Offer<'_>) -> Result<(), OwnershipError> {
+        self.claims.expect(offer.session, config.uuid)?;
+        self.board.begin_migration(status(JobId(offer.session), self.peer.clone(), offer.mode));
+        self.board.enter(Phase::Incoming);
+        Ok(())
+    }
+
+    fn take(&mut self, machine: Machine) {
+        // Who has heard from the source that the guest is here finds it here, and comes after it to its owner.
+        self.board.take_in(&machine);
+        let _ = self.inbox.send(Message::Arrived(Box::new(machine)));
     }
 }
 

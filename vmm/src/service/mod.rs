@@ -34,7 +34,7 @@ use crate::seccomp::{self, Seccomp, ThreadKind};
 use crate::vcpu::GuestEnd;
 use board::Board;
 use control::{
-    ApiError, ControlSocket, Events, Happening, PeerAddress, Phase, Reply, Request, Server, ServerOptions,
+    ApiError, ControlSocket, Events, Happening, JobId, PeerAddress, Phase, Reply, Request, Server, ServerOptions,
     TestRequests, random_uuid,
 };
 use desk::Desk;
@@ -61,7 +61,7 @@ pub(crate) enum Message {
     Lost(&'static str),
     /// A migration out of here ended.
     Left(Departure),
-    /// A guest came.
+    /// A guest came, and is posted.
     Arrived(Box<Machine>),
     /// A migration into here failed.
     NotArrived(String),
@@ -107,6 +107,13 @@ enum Holding {
     Asking,
 }
 
+/// Where a guest goes.
+#[derive(Debug)]
+struct Journey {
+    job: JobId,
+    to: PeerAddress,
+}
+
 /// One Godwit process.
 #[derive(Debug)]
 pub struct Service {
@@ -120,8 +127,8 @@ pub struct Service {
     line: Arc<SerialLine>,
     incoming: Option<Incoming>,
     once: bool,
-    /// Where the migration under way goes, and whether the guest ran before it.
-    destination: Option<PeerAddress>,
+    /// The last migration out of here.
+    journey: Option<Journey>,
     /// When a guest that was asked to power off is ended. Not while a migration has it.
     force_stop_at: Option<Instant>,
     /// The measurement under way, of the machine that is here.
@@ -228,7 +235,7 @@ impl Service {
             line: Arc::new(line),
             incoming: None,
             once: false,
-            destination: None,
+            journey: None,
             force_stop_at: None,
             measurement: None,
             generation: 0,
@@ -300,7 +307,7 @@ impl Service {
             Message::Lost(why) => return Ok(Some(Ended::Lost(why))),
             Message::Left(departure) => return Ok(self.on_left(departure)),
             Message::Arrived(machine) => {
-                self.keep(machine);
+                self.holding = Holding::Here(machine);
                 if let Some(end) = self.end.take() {
                     return Ok(Some(Ended::Guest(end)));
                 }
@@ -343,8 +350,7 @@ impl Service {
 
     /// Takes a machine in and posts it.
     fn keep(&mut self, machine: Box<Machine>) {
-        self.board.post_machine(&machine);
-        self.board.enter(if machine.is_running() { Phase::Running } else { Phase::Paused });
+        self.board.take_in(&machine);
         self.holding = Holding::Here(machine);
     }
 

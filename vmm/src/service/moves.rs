@@ -5,7 +5,7 @@
 use super::outgoing::{self, Departure, Outgoing};
 use super::requests::not_here;
 use super::watcher::{begun, post_failure, post_report};
-use super::{Ended, Holding, Message, Service};
+use super::{Ended, Holding, Journey, Message, Service};
 use crate::machine::Machine;
 use crate::migrate::feasibility::{self, Infeasible};
 use crate::migrate::leaving::Leaving;
@@ -44,14 +44,14 @@ impl Service {
         let ownership = self.ownership(machine.config().uuid);
         match Outgoing::start(machine, request, job, ownership, self.board.clone(), self.inbox.0.clone()) {
             Ok(outgoing) => {
-                self.destination = Some(request.to.clone());
+                self.journey = Some(Journey { job, to: request.to.clone() });
                 self.holding = Holding::Away(outgoing);
                 Ok(Reply::Started(JobStarted { job }))
             }
             Err((machine, error)) => {
                 self.holding = Holding::Here(machine);
                 self.board.enter(phase);
-                post_failure(&self.board, MigrationState::Failed, error.to_string());
+                post_failure(&self.board, job, MigrationState::Failed, error.to_string());
                 Err(ApiError::failed(&error))
             }
         }
@@ -64,7 +64,7 @@ impl Service {
                 Outcome::HandedOver(report) => {
                     self.board.enter(Phase::MovedAway);
                     post_report(&self.board, &report);
-                    self.destination.take().map(Ended::MovedAway)
+                    self.journey.take().map(|journey| Ended::MovedAway(journey.to))
                 }
                 Outcome::StillOurs(Failed { cause, guest, stuck }) => {
                     let state = match cause {
@@ -88,16 +88,16 @@ impl Service {
     /// Asks the target of a migration in doubt, if it is time.
     pub(super) fn ask_target(&mut self) {
         if let Holding::InDoubt { doubt, .. } = std::mem::replace(&mut self.holding, Holding::Asking)
-            && let Some(to) = self.destination.clone()
+            && let Some(journey) = &self.journey
         {
-            outgoing::ask_target(doubt, to, &self.inbox.0);
+            outgoing::ask_target(doubt, journey.to.clone(), &self.inbox.0);
         }
     }
 
     fn doubts(&mut self, doubt: InDoubt<Leaving>) {
         if self.board.phase() != Phase::InDoubt {
             self.board.enter(Phase::InDoubt);
-            post_failure(&self.board, MigrationState::InDoubt, in_words(doubt.cause()));
+            self.post_failure(MigrationState::InDoubt, in_words(doubt.cause()));
         }
         self.holding = Holding::InDoubt { doubt: Box::new(doubt), ask_at: Instant::now() + ASK_EVERY };
     }
@@ -106,8 +106,14 @@ impl Service {
     fn stays(&mut self, machine: Box<Machine>, state: MigrationState, why: String) -> Option<Ended> {
         tracing::warn!(why, "the guest has not moved");
         self.keep(machine);
-        post_failure(&self.board, state, why);
+        self.post_failure(state, why);
         self.end.take().map(Ended::Guest)
+    }
+
+    fn post_failure(&self, state: MigrationState, why: String) {
+        if let Some(Journey { job, .. }) = &self.journey {
+            post_failure(&self.board, *job, state, why);
+        }
     }
 
     pub(super) fn resolve(&mut self, owner: control::Owner) -> Result<Reply, ApiError> {

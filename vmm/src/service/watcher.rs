@@ -32,10 +32,9 @@ impl Watcher {
     }
 
     fn post(&mut self, note: impl FnOnce(&mut Progress)) {
-        let mut posted = None;
-        self.board.note_migration(|status| {
+        let posted = self.board.note_migration(self.job, |status| {
             note(&mut status.progress);
-            posted = Some(status.progress.clone());
+            status.progress.clone()
         });
         if let Some(progress) = posted
             && self.published.is_none_or(|published| published.elapsed() >= PROGRESS_EVERY)
@@ -51,7 +50,7 @@ impl Watcher {
         let (pages, zero_pages) = (self.pages, self.zero_pages);
         let info = round_info(&round);
         let kept = info.clone();
-        self.board.note_migration(|status| status.rounds.push(kept));
+        self.board.note_migration(self.job, |status| status.rounds.push(kept));
         self.post(|progress| {
             progress.pages_sent = pages;
             progress.zero_pages = zero_pages;
@@ -222,8 +221,7 @@ pub(crate) fn begun(
 /// Posts the end of a migration that moved the guest, with the engine's report.
 pub(crate) fn post_report(board: &Board, report: &Report) {
     tracing::info!(report = serde_json::to_string(report).unwrap_or_default(), "migrated");
-    board.note_migration(|status| complete(status, report));
-    board.end_migration();
+    board.end_migration(JobId(report.session), |status| complete(status, report));
 }
 
 /// Replaces all that was told under way by the report, so that both ends tell the same.
@@ -277,13 +275,12 @@ fn complete(status: &mut MigrationStatus, report: &Report) {
 }
 
 /// Posts the end of a migration that did not move the guest.
-pub(crate) fn post_failure(board: &Board, state: MigrationState, error: String) {
-    board.note_migration(|status| {
+pub(crate) fn post_failure(board: &Board, job: JobId, state: MigrationState, error: String) {
+    board.end_migration(job, |status| {
         status.state = state;
         status.progress.step = MigrationStep::Ended;
         status.error = Some(error);
     });
-    board.end_migration();
 }
 
 #[cfg(test)]
@@ -387,8 +384,9 @@ mod tests {
     #[test]
     fn a_failure_tells_how_long_it_took() {
         let board = board(MigrationRole::Source);
+        let job = board.migration().unwrap().job;
         std::thread::sleep(Duration::from_millis(2));
-        post_failure(&board, MigrationState::Failed, "No Godwit can be reached".to_owned());
+        post_failure(&board, job, MigrationState::Failed, "No Godwit can be reached".to_owned());
         let failed = board.migration().unwrap();
         assert!(failed.total_ms >= millis(2.0), "{failed:?}");
         assert_eq!((failed.state, failed.progress.step), (MigrationState::Failed, MigrationStep::Ended));
@@ -397,5 +395,16 @@ mod tests {
         post_report(&board, &Report { downtime_ms: None, target_part: None, ..report(Role::Source) });
         let settled = board.migration().unwrap();
         assert_eq!((settled.state, settled.error, settled.downtime_ms), (MigrationState::Completed, None, None));
+    }
+
+    #[test]
+    fn a_late_report_leaves_the_next_migration_alone() {
+        let board = board(MigrationRole::Target);
+        let peer = PeerAddress::Unix("/next.sock".into());
+        let job = JobId(Uuid::from_u128(3));
+        let next = begun(job, MigrationRole::Source, peer, MigrationMode::Live, MigrationStep::Connecting);
+        board.begin_migration(next.clone());
+        post_report(&board, &report(Role::Target));
+        assert_eq!(board.migration(), Some(next));
     }
 }

@@ -7,7 +7,7 @@ use std::thread::sleep;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
-use control::{MigrationState, MigrationStatus, Phase};
+use control::{MigrationState, MigrationStatus};
 use serde_json::Value;
 
 use super::cell::Link;
@@ -46,7 +46,6 @@ pub(super) fn migrate(stage: &Stage<'_>, options: &[String], turn: usize) -> Res
     let status = order(stage, &source, &target, options)?;
     let usage = watch.end()?;
     source.finish(MOVE_WITHIN)?.expect(0, "The guest has moved to")?;
-    target.await_phase(Phase::Running)?;
     let downtime = silence::between(&mut departure, &mut arrival)?;
     verify(&mut arrival)?;
     target.end()?;
