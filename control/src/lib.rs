@@ -36,8 +36,8 @@ pub use event::{EndReason, Event, Events, Happening};
 pub use identity::{NoRandomness, random_uuid};
 pub use metrics::{Family, Label, MetricKind, MetricName, Metrics, Sample, Value};
 pub use migration::{
-    CodecReason, GuestCost, JobId, LastMigration, MigrationMode, MigrationRole, MigrationState, MigrationStatus,
-    MigrationStep, Progress, RoundCodecs, RoundInfo, RoundKinds, StepInfo, SwitchReason, TargetPart,
+    CodecReason, CpuTimes, GuestCost, JobId, LastMigration, MigrationMode, MigrationRole, MigrationState,
+    MigrationStatus, MigrationStep, Progress, RoundCodecs, RoundInfo, RoundKinds, StepInfo, SwitchReason, TargetPart,
 };
 pub use millis::Millis;
 pub use openapi::OPENAPI;

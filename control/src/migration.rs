@@ -242,6 +242,17 @@ pub struct GuestCost {
     pub most_percent: u8,
 }
 
+/// Processor time of the threads that moved the guest, user and system; nothing of the guest's own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CpuTimes {
+    /// At the source, up to the hand-over.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source_ms: Option<Millis>,
+    /// At the target, up to the hand-over.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub target_ms: Option<Millis>,
+}
+
 /// What the target spent of the downtime, by its own clock. The rest is the source's, and the link's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TargetPart {
@@ -267,6 +278,9 @@ pub struct MigrationStatus {
     /// Whether memory was copied or passed. Known at the end.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub memory: Option<MemoryTransfer>,
+    /// Over how many connections its memory went. Known at the end.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub streams: Option<u16>,
     /// How it stands.
     pub state: MigrationState,
     /// How far it is.
@@ -297,6 +311,9 @@ pub struct MigrationStatus {
     /// What the rounds took from the guest; only of a live migration. Known at the end.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub guest_cost: Option<GuestCost>,
+    /// What it took of both hosts' processors. Known at the end.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpu: Option<CpuTimes>,
     /// True if both ends compared a digest of all memory before the hand-over. A comparison that fails ends the
     /// migration.
     #[serde(default, skip_serializing_if = "Option::is_none")]

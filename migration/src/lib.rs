@@ -56,7 +56,7 @@ pub use link::{Cutter, Link, LinkError};
 pub use policy::{Chosen, Why};
 pub use progress::{Moved, Observer, Phase, Progress, Unobserved};
 pub use region::{MAX_REGION_PAGES, MAX_REGIONS, PAGE_SIZE, PageIndex, PageRun, RamRegion, RegionId, total_pages};
-pub use report::{Ending, PhaseReport, Report, Role, RoundReport, TargetPart};
+pub use report::{CpuReport, Ending, PhaseReport, Report, Role, RoundReport, TargetPart};
 pub use source::{Failed, Further, InDoubt, MemoryPolicy, Outcome, Owner, Plan, SourceError, Surroundings};
 pub use target::{Arrival, Fault, Reception};
 pub use throttling::GuestCost;

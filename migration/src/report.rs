@@ -77,9 +77,19 @@ pub struct TargetPart {
 }
 
 impl From<Running> for TargetPart {
-    fn from(Running { restore, start }: Running) -> Self {
+    fn from(Running { restore, start, cpu: _ }: Running) -> Self {
         Self { restore_ms: ms(restore), start_ms: ms(start) }
     }
+}
+
+/// Processor time of the engine's threads, user and system: of the kernel's work on packets only what it does for them
+/// there and then, and nothing of the guest's.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct CpuReport {
+    /// At the source, up to this report. The target does not know by itself.
+    pub source_ms: Option<f64>,
+    /// At the target, up to `Go`. The source does not know it if `Running` never came.
+    pub target_ms: Option<f64>,
 }
 
 /// What is known of a migration that moved the guest.
@@ -95,6 +105,8 @@ pub struct Report {
     pub mode: Mode,
     /// Whether its memory was sent, or passed.
     pub transfer: Transfer,
+    /// Over how many connections pages went.
+    pub streams: u16,
     /// How this end knows the result.
     pub ending: Ending,
     /// The passes over memory. None if it was passed.
@@ -118,6 +130,8 @@ pub struct Report {
     pub stalled_in_round: Option<u32>,
     /// What the rounds took from the guest; only in live mode.
     pub guest_cost: Option<GuestCost>,
+    /// What it took of both hosts' processors.
+    pub cpu: CpuReport,
     /// `Some(true)` if both ends compared a digest of all memory, `None` if that was not asked for. A comparison that
     /// fails ends the migration, so that there is no report.
     pub verified: Option<bool>,
@@ -144,8 +158,9 @@ impl Report {
     /// This report of the target's, with what the source says of the same migration. What the target knows by itself it
     /// does not take from anybody.
     pub(crate) fn joined(self, source: Self) -> Self {
-        let Self { role, session, vm, mode, transfer, ending, verified, target_part, .. } = self;
-        Self { role, session, vm, mode, transfer, ending, verified, target_part, ..source }
+        let Self { role, session, vm, mode, transfer, streams, ending, verified, target_part, cpu, .. } = self;
+        let cpu = CpuReport { source_ms: source.cpu.source_ms, ..cpu };
+        Self { role, session, vm, mode, transfer, streams, ending, verified, target_part, cpu, ..source }
     }
 
     /// The throughput over `rounds`.
@@ -180,6 +195,7 @@ mod tests {
   "vm": "00000000-0000-0000-0000-000000000002",
   "mode": "live",
   "transfer": "copied",
+  "streams": 2,
   "ending": "handed_over",
   "rounds": [
     {
@@ -231,6 +247,10 @@ mod tests {
     "throttled_share": 0.5,
     "most_share": 0.75
   },
+  "cpu": {
+    "source_ms": 1.5,
+    "target_ms": 1.25
+  },
   "verified": null,
   "bytes_per_second": 16408000.0,
   "phases": [
@@ -255,12 +275,14 @@ mod tests {
             vm: Uuid::from_u128(2),
             mode: Mode::Live,
             transfer: Transfer::Copied,
+            streams: 2,
             ending: Ending::HandedOver,
             bytes: 24_700,
             total_ms: 2.5,
             downtime_ms: Some(0.5),
             target_part: Some(
-                Running { restore: Duration::from_micros(250), start: Duration::from_micros(125) }.into(),
+                Running { restore: Duration::from_micros(250), start: Duration::from_micros(125), cpu: Duration::ZERO }
+                    .into(),
             ),
             predicted_downtime_ms: Some(0.25),
             predicted_total_ms: Some(2.25),
@@ -273,6 +295,7 @@ mod tests {
                 throttled_share: 0.5,
                 most_share: 0.75,
             }),
+            cpu: CpuReport { source_ms: Some(1.5), target_ms: Some(1.25) },
             verified: None,
             bytes_per_second: Report::throughput(&rounds),
             rounds,

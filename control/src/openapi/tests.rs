@@ -35,7 +35,7 @@ fn types() -> BTreeMap<&'static str, Pass> {
     types! {
         VmInfo Phase DirtyTrackerKind Stop BalloonInfo SetBalloon DiskList DiskInfo DiskCounters NicList NicInfo
         NicBackend NicCounters StartMigration PeerAddress OnStall MigrationMode MemoryPolicy MemoryTransfer MigrationRole MigrationState
-        MigrationStep JobStarted LastMigration MigrationStatus Progress RoundInfo RoundCodecs CodecReason RoundKinds StepInfo SwitchReason GuestCost TargetPart
+        MigrationStep JobStarted LastMigration MigrationStatus Progress RoundInfo RoundCodecs CodecReason RoundKinds StepInfo SwitchReason GuestCost CpuTimes TargetPart
         ResolveMigration Owner Pulse Pulsed Happening Event
         EndReason MeasureDirtyRate LastDirtyRate MeasurementStatus MeasurementState DirtyRate MemorySample MeasurementCost ErrorBody Code
     }
@@ -271,6 +271,7 @@ fn what_the_types_write_is_described() {
         peer: to,
         mode: MigrationMode::Live,
         memory: Some(MemoryTransfer::Passed),
+        streams: Some(1),
         state: MigrationState::InDoubt,
         progress,
         rounds: Vec::new(),
@@ -288,6 +289,7 @@ fn what_the_types_write_is_described() {
             throttled_percent: 1,
             most_percent: 99,
         }),
+        cpu: Some(CpuTimes { source_ms: millis, target_ms: millis }),
         verified: Some(true),
         error: Some("The link broke".into()),
     };

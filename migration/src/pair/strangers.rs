@@ -139,7 +139,7 @@ fn a_target_that_answers_out_of_turn_does_not_get_the_guest() {
     let accept = encoded(&Frame::Accept { claims: Uuid::nil(), transfer: Transfer::Copied });
     for wrong in [
         Frame::Ready,
-        Frame::Running(Running { restore: Duration::ZERO, start: Duration::ZERO }),
+        Frame::Running(Running { restore: Duration::ZERO, start: Duration::ZERO, cpu: Duration::ZERO }),
         Frame::Report(b"{}"),
         Frame::Verdict(Claim::Mine),
         Frame::Go,

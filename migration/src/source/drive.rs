@@ -15,7 +15,7 @@ use crate::guest::{Claim, GuestPages};
 use crate::link::{Link, LinkError};
 use crate::progress::{Moved, Observer, Phase, Progress};
 use crate::region::RamRegion;
-use crate::report::{Ending, PhaseReport, Report, Role, RoundReport, ms, per_second};
+use crate::report::{CpuReport, Ending, PhaseReport, Report, Role, RoundReport, ms, per_second};
 use crate::wire::{Frame, Kind, MAX_REPORT, Mode, RoundEnd, Running, Transfer};
 use std::time::Duration;
 use uuid::Uuid;
@@ -55,6 +55,8 @@ pub(super) struct Drive<'a, L> {
     pub(super) streams: &'a Streams,
     steering: Steering,
     started: Duration,
+    /// What this thread's processor time was then.
+    cpu_before: Duration,
     entered: Option<(Phase, Duration)>,
     paused: Option<Duration>,
     account: Account,
@@ -86,6 +88,7 @@ impl<'a, L: Link> Drive<'a, L> {
             streams,
             steering: Steering::new(plan.goal, plan.bandwidth, started),
             started,
+            cpu_before: clock.thread_cpu(),
             entered: None,
             paused: None,
             account,
@@ -430,6 +433,10 @@ impl<'a, L: Link> Drive<'a, L> {
             vm,
             mode: self.plan.mode,
             transfer,
+            streams: match transfer {
+                Transfer::Copied => self.streams.count.get(),
+                Transfer::Passed => 1,
+            },
             ending: if running.is_some() { Ending::HandedOver } else { Ending::ConfirmedLater },
             bytes: self.bytes(),
             total_ms: ms(now - self.started),
@@ -440,6 +447,10 @@ impl<'a, L: Link> Drive<'a, L> {
             switched,
             stalled_in_round,
             guest_cost: live.then(|| self.steering.guest_cost()),
+            cpu: CpuReport {
+                source_ms: Some(ms(self.clock.thread_cpu() - self.cpu_before + self.streams.cpu())),
+                target_ms: running.map(|running| ms(running.cpu)),
+            },
             verified: self.plan.verify.then_some(true),
             bytes_per_second: Report::throughput(&rounds),
             rounds,

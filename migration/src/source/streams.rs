@@ -76,6 +76,8 @@ struct Orders {
 struct Share {
     transcript: TranscriptDigest,
     in_flight: u64,
+    /// Processor time of its thread, in all rounds.
+    cpu: Duration,
 }
 
 /// Pages and bytes of a round so far.
@@ -222,6 +224,11 @@ impl Streams {
         self.lock().shares.iter().map(|share| share.in_flight).sum()
     }
 
+    /// Processor time that the threads of the further streams have taken up to the end of the last round.
+    pub(super) fn cpu(&self) -> Duration {
+        self.lock().shares.iter().map(|share| share.cpu).sum()
+    }
+
     /// Waits for a round after `last`; `None` when there will be none.
     fn next<L: Link>(&self, last: u32, link: &mut L) -> Option<u32> {
         loop {
@@ -294,7 +301,7 @@ impl<'a, C: Cutter> Crew<'a, C> {
             let join = Frame::Join(Join { session: terms.session, stream: number });
             let served = Channel::new(&mut link).send(&join).map_err(SourceError::Link).and_then(|()| {
                 let (channel, sender) = (Channel::new(&mut link).paced(pace), Sender::new(streams, clock));
-                Worker { streams, stream, channel, sender, memory, counted: 0 }.serve()
+                Worker { streams, stream, channel, sender, clock, memory, counted: 0 }.serve()
             });
             if let Err(error) = served {
                 streams.fail(error);
@@ -330,6 +337,7 @@ struct Worker<'a, 'l, L, P> {
     stream: usize,
     channel: Channel<'l, L>,
     sender: Sender<'a>,
+    clock: &'a dyn Clock,
     memory: P,
     /// Bytes that are in the common account.
     counted: u64,
@@ -356,7 +364,8 @@ impl<L: Link, P: GuestPages> Worker<'_, '_, L, P> {
         let end = RoundEnd { round, pages: pages.sent(), zero_pages: pages.zero };
         self.channel.send(&Frame::RoundEnd(end)).map_err(SourceError::Link)?;
         self.count();
-        let share = Share { transcript: self.channel.sent(), in_flight: self.channel.link().in_flight() };
+        let (transcript, in_flight) = (self.channel.sent(), self.channel.link().in_flight());
+        let share = Share { transcript, in_flight, cpu: self.clock.thread_cpu() };
         self.streams.finish(self.stream, share);
         Ok(())
     }

@@ -7,7 +7,7 @@ use crate::counts::PageCounts;
 use crate::digest::{self, TranscriptDigest};
 use crate::guest::GuestPages;
 use crate::region::RegionId;
-use crate::report::{Ending, PhaseReport, Report, Role, RoundReport, ms};
+use crate::report::{CpuReport, Ending, PhaseReport, Report, Role, RoundReport, ms};
 use crate::wire::{Hello, Mode, Records, RoundEnd, Running, Seal, Transfer};
 use std::fmt;
 use std::sync::Arc;
@@ -56,6 +56,8 @@ pub struct Moment<'a> {
     pub clock: &'a dyn Clock,
     /// Bytes that had gone over the link.
     pub bytes: u64,
+    /// Processor time that this migration had taken here.
+    pub cpu: Duration,
     /// All frames that came before.
     pub before: TranscriptDigest,
 }
@@ -168,7 +170,7 @@ impl<M: GuestPages> AwaitStreams<M> {
 
 impl Arrived {
     /// What this end knows by itself, now that the guest runs.
-    pub(super) fn report(self, now: Duration, bytes: u64, phases: Vec<PhaseReport>) -> Report {
+    pub(super) fn report(self, now: Duration, bytes: u64, streams: u16, phases: Vec<PhaseReport>) -> Report {
         let Self { incoming: Incoming { session, vm, mode, transfer, verify, started, rounds }, part } = self;
         Report {
             role: Role::Target,
@@ -177,6 +179,7 @@ impl Arrived {
             mode,
             transfer,
             ending: Ending::HandedOver,
+            streams,
             bytes,
             total_ms: ms(now - started),
             downtime_ms: None,
@@ -186,6 +189,7 @@ impl Arrived {
             switched: None,
             stalled_in_round: None,
             guest_cost: None,
+            cpu: CpuReport { source_ms: None, target_ms: Some(ms(part.cpu)) },
             verified: verify.then_some(true),
             bytes_per_second: Report::throughput(&rounds),
             rounds,

@@ -16,6 +16,7 @@ use crate::region::{PageRun, RamRegion};
 use crate::wire::{Records, RoundEnd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 /// The memory of one incoming guest.
 #[derive(Debug)]
@@ -30,7 +31,7 @@ pub(super) struct Intake<M> {
     round: Mutex<Round>,
     /// Rings when a round is over, or a stream has failed, or nothing more is expected.
     pub(super) news: Bell,
-    /// What the streams have brought in the round under way, and bytes of the further streams in all.
+    /// What the streams have brought in the round under way, and what the further streams have taken in all.
     came: Came,
 }
 
@@ -38,6 +39,7 @@ pub(super) struct Intake<M> {
 struct Came {
     pages: Mutex<PageCounts>,
     further_bytes: AtomicU64,
+    further_cpu_ns: AtomicU64,
 }
 
 #[derive(Debug)]
@@ -178,14 +180,20 @@ impl<M: GuestPages> Intake<M> {
         self.lock().transcripts.clone()
     }
 
-    /// Counts bytes of a further stream.
-    pub(super) fn count(&self, bytes: u64) {
+    /// Counts bytes of a further stream, and processor time of its thread.
+    pub(super) fn count(&self, bytes: u64, cpu: Duration) {
         self.came.further_bytes.fetch_add(bytes, Ordering::Relaxed);
+        self.came.further_cpu_ns.fetch_add(u64::try_from(cpu.as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
     }
 
     /// Bytes of all further streams.
     pub(super) fn further_bytes(&self) -> u64 {
         self.came.further_bytes.load(Ordering::Relaxed)
+    }
+
+    /// Processor time of the threads of all further streams.
+    pub(super) fn further_cpu(&self) -> Duration {
+        Duration::from_nanos(self.came.further_cpu_ns.load(Ordering::Relaxed))
     }
 
     /// Notes why a further stream ended.

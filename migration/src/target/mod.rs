@@ -131,7 +131,7 @@ impl<M: GuestPages> Target<M> {
             (Self::AwaitGo(ready), Frame::Go) => {
                 let AwaitGo { incoming, restore } = *ready;
                 take_over(incoming.session, host, claims)?;
-                let part = Running { restore, start: at.elapsed() };
+                let part = Running { restore, start: at.elapsed(), cpu: at.cpu };
                 Ok((Self::Running(Box::new(Arrived { incoming, part })), Reply::Last(Frame::Running(part))))
             }
             (state, frame) => Err(Fault::OutOfTurn { found: frame.kind(), when: state.in_words() }),

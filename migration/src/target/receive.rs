@@ -122,12 +122,15 @@ struct Driver<'a, L, M> {
     /// Why a further stream ended, and how long the source may take to say more about it.
     lost_stream: Option<(Fault, Duration)>,
     entered: Option<(Phase, Duration)>,
+    /// What this thread's processor time was before the first frame.
+    cpu_before: Duration,
     phases: Vec<PhaseReport>,
 }
 
 impl<'a, M: GuestPages, L: Link<Handle = M::Handle>> Driver<'a, L, M> {
     fn new(link: &'a mut L, around: Reception<'a>) -> Self {
         link.set_patience(around.patience);
+        let cpu_before = around.clock.thread_cpu();
         let (channel, body, phases) = (Channel::new(link), Vec::new(), Vec::new());
         Self {
             channel,
@@ -138,6 +141,7 @@ impl<'a, M: GuestPages, L: Link<Handle = M::Handle>> Driver<'a, L, M> {
             intake: None,
             lost_stream: None,
             entered: None,
+            cpu_before,
             phases,
         }
     }
@@ -192,7 +196,7 @@ impl<'a, M: GuestPages, L: Link<Handle = M::Handle>> Driver<'a, L, M> {
             }
             _ => None,
         };
-        let at = moment(&self.around, &self.channel, self.intake.as_deref());
+        let at = moment(&self.around, &self.channel, self.intake.as_deref(), self.cpu_before);
         let (target, reply) = target.on_frame(frame, passed, at, host, claims)?;
         self.session = target.session();
         match reply {
@@ -235,7 +239,8 @@ impl<'a, M: GuestPages, L: Link<Handle = M::Handle>> Driver<'a, L, M> {
                 end = self.around.clock.now() + limit;
             }
         }
-        let (filling, round) = waiting.round_done(moment(&self.around, &self.channel, Some(&intake)))?;
+        let (filling, round) =
+            waiting.round_done(moment(&self.around, &self.channel, Some(&intake), self.cpu_before))?;
         self.around.observer.on(Progress::RoundDone(round));
         Ok(Target::Filling(filling))
     }
@@ -286,8 +291,9 @@ impl<'a, M: GuestPages, L: Link<Handle = M::Handle>> Driver<'a, L, M> {
 
     /// The report of a guest that runs here now.
     fn welcome(&mut self, arrived: Arrived) -> Report {
-        let at = moment(&self.around, &self.channel, self.intake.as_deref());
-        let own = arrived.report(at.now, at.bytes, self.leave());
+        let at = moment(&self.around, &self.channel, self.intake.as_deref(), self.cpu_before);
+        let streams = self.intake.as_ref().map_or(1, |intake| intake.further_streams() + 1);
+        let own = arrived.report(at.now, at.bytes, streams, self.leave());
         match self.hear_report(own.session) {
             Some(source) => own.joined(source),
             None => own,
@@ -345,7 +351,15 @@ fn moment<'a, L: Link, M: GuestPages>(
     around: &Reception<'a>,
     channel: &Channel<'_, L>,
     intake: Option<&Intake<M>>,
+    cpu_before: Duration,
 ) -> Moment<'a> {
-    let bytes = channel.bytes() + intake.map_or(0, Intake::further_bytes);
-    Moment { now: around.clock.now(), clock: around.clock, bytes, before: channel.received_before_last() }
+    let clock = around.clock;
+    let (bytes, cpu) = intake.map(|intake| (intake.further_bytes(), intake.further_cpu())).unwrap_or_default();
+    Moment {
+        now: clock.now(),
+        clock,
+        bytes: channel.bytes() + bytes,
+        cpu: clock.thread_cpu() - cpu_before + cpu,
+        before: channel.received_before_last(),
+    }
 }

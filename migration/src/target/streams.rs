@@ -160,6 +160,7 @@ where
                 patience,
                 share: PageCounts::default(),
                 counted: 0,
+                counted_cpu: Duration::ZERO,
             };
             if let Err(fault) = worker.serve() {
                 intake.fail(fault);
@@ -183,6 +184,8 @@ struct Worker<'a, 'l, L, M> {
     share: PageCounts,
     /// Bytes that are in the common account.
     counted: u64,
+    /// Processor time of this thread that is, too.
+    counted_cpu: Duration,
 }
 
 impl<L: Link, M: GuestPages> Worker<'_, '_, L, M> {
@@ -221,8 +224,8 @@ impl<L: Link, M: GuestPages> Worker<'_, '_, L, M> {
     }
 
     fn count(&mut self) {
-        let bytes = self.channel.bytes();
-        self.intake.count(bytes - self.counted);
-        self.counted = bytes;
+        let (bytes, cpu) = (self.channel.bytes(), self.clock.thread_cpu());
+        self.intake.count(bytes - self.counted, cpu - self.counted_cpu);
+        (self.counted, self.counted_cpu) = (bytes, cpu);
     }
 }

@@ -34,7 +34,7 @@ impl Clock for Seconds {
 static CLOCK: Seconds = Seconds(AtomicU64::new(0));
 
 fn at() -> Moment<'static> {
-    Moment { now: Duration::ZERO, clock: &CLOCK, bytes: 0, before: BEFORE }
+    Moment { now: Duration::ZERO, clock: &CLOCK, bytes: 0, cpu: Duration::ZERO, before: BEFORE }
 }
 
 fn hello() -> Hello<'static> {
@@ -122,7 +122,7 @@ fn frames(records: &[PageRecord]) -> Vec<Frame<'_>> {
         Frame::Seal(seal()),
         Frame::Ready,
         Frame::Go,
-        Frame::Running(Running { restore: Duration::ZERO, start: Duration::ZERO }),
+        Frame::Running(Running { restore: Duration::ZERO, start: Duration::ZERO, cpu: Duration::ZERO }),
         Frame::Query { session: SESSION, claims: Uuid::from_u128(99) },
         Frame::Verdict(Claim::Mine),
         Frame::Report(b"{}"),

@@ -147,13 +147,15 @@ pub struct RoundEnd {
     pub zero_pages: u64,
 }
 
-/// What the target spent of the downtime, by its own clock, to the microsecond.
+/// What the target spent, by its own clocks, to the microsecond.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Running {
     /// From `Seal` until all was compared and restored.
     pub restore: Duration,
     /// From `Go` until the claim was recorded and the guest ran.
     pub start: Duration,
+    /// Processor time from `Hello` up to `Go`, of all threads that took memory and state in.
+    pub cpu: Duration,
 }
 
 /// The source's account of all it has sent.
@@ -215,6 +217,7 @@ struct WireJoin {
 struct WireRunning {
     restore_us: U64,
     start_us: U64,
+    cpu_us: U64,
 }
 
 pub(super) const HELLO_BYTES: usize = size_of::<WireHello>();
@@ -275,9 +278,9 @@ impl<'a> Frame<'a> {
             Self::Join(Join { session, stream }) => {
                 out.extend(WireJoin { session: *session.as_bytes(), stream: (*stream).into() }.as_bytes());
             }
-            Self::Running(Running { restore, start }) => {
-                let wire = WireRunning { restore_us: micros(*restore).into(), start_us: micros(*start).into() };
-                out.extend(wire.as_bytes());
+            Self::Running(Running { restore, start, cpu }) => {
+                let [restore_us, start_us, cpu_us] = [restore, start, cpu].map(|time| micros(*time).into());
+                out.extend(WireRunning { restore_us, start_us, cpu_us }.as_bytes());
             }
             Self::Query { session, claims } => {
                 out.extend(session.as_bytes());
@@ -317,9 +320,9 @@ impl<'a> Frame<'a> {
             Kind::Ready => Self::Ready,
             Kind::Go => Self::Go,
             Kind::Running => {
-                let WireRunning { restore_us, start_us } = cursor.field()?;
-                let (restore, start) = (Duration::from_micros(restore_us.get()), Duration::from_micros(start_us.get()));
-                Self::Running(Running { restore, start })
+                let WireRunning { restore_us, start_us, cpu_us } = cursor.field()?;
+                let [restore, start, cpu] = [restore_us, start_us, cpu_us].map(|us| Duration::from_micros(us.get()));
+                Self::Running(Running { restore, start, cpu })
             }
             Kind::Query => {
                 Self::Query { session: Uuid::from_bytes(*cursor.field()?), claims: Uuid::from_bytes(*cursor.field()?) }

@@ -3,9 +3,9 @@
 use super::board::Board;
 use crate::layout::PAGE_SIZE;
 use control::{
-    CodecReason, Codecs, GuestCost, Happening, JobId, MemoryTransfer, MigrationMode, MigrationRole, MigrationState,
-    MigrationStatus, MigrationStep, PeerAddress, Progress, RoundCodecs, RoundInfo, RoundKinds, StepInfo, SwitchReason,
-    TargetPart,
+    CodecReason, Codecs, CpuTimes, GuestCost, Happening, JobId, MemoryTransfer, MigrationMode, MigrationRole,
+    MigrationState, MigrationStatus, MigrationStep, PeerAddress, Progress, RoundCodecs, RoundInfo, RoundKinds,
+    StepInfo, SwitchReason, TargetPart,
 };
 use migration::codec::block::Packing;
 use migration::{Chosen, Moved, Observer, PageCounts, Phase, PhaseReport, Report, RoundReport, Transfer, Why};
@@ -153,6 +153,11 @@ fn guest_cost(cost: migration::GuestCost) -> GuestCost {
     }
 }
 
+fn cpu_times(cpu: migration::CpuReport) -> CpuTimes {
+    let migration::CpuReport { source_ms, target_ms } = cpu;
+    CpuTimes { source_ms: source_ms.map(millis), target_ms: target_ms.map(millis) }
+}
+
 impl Observer for Watcher {
     fn on(&mut self, news: migration::Progress) {
         match news {
@@ -192,6 +197,7 @@ pub(crate) fn begun(
         peer,
         mode,
         memory: None,
+        streams: None,
         state: MigrationState::Active,
         progress: Progress {
             step,
@@ -213,6 +219,7 @@ pub(crate) fn begun(
         switched: None,
         stalled_in_round: None,
         guest_cost: None,
+        cpu: None,
         verified: None,
         error: None,
     }
@@ -232,6 +239,7 @@ fn complete(status: &mut MigrationStatus, report: &Report) {
         vm: _,
         mode: _,
         transfer,
+        streams,
         ending: _,
         rounds,
         bytes,
@@ -243,12 +251,14 @@ fn complete(status: &mut MigrationStatus, report: &Report) {
         switched,
         stalled_in_round,
         guest_cost: cost,
+        cpu,
         verified,
         bytes_per_second,
         phases,
     } = report;
     status.state = MigrationState::Completed;
     status.memory = Some(memory_transfer(*transfer));
+    status.streams = Some(*streams);
     status.progress = Progress {
         step: MigrationStep::Ended,
         round: rounds.last().map_or(0, |round| round.round),
@@ -269,6 +279,7 @@ fn complete(status: &mut MigrationStatus, report: &Report) {
     status.switched = switched.map(switch_reason);
     status.stalled_in_round = *stalled_in_round;
     status.guest_cost = cost.map(guest_cost);
+    status.cpu = Some(cpu_times(*cpu));
     status.verified = *verified;
     // Of a doubt that was settled since.
     status.error = None;
@@ -311,6 +322,7 @@ mod tests {
             vm: Uuid::from_u128(2),
             mode: Mode::Live,
             transfer: Transfer::Copied,
+            streams: 4,
             ending: Ending::HandedOver,
             rounds: vec![
                 round,
@@ -340,6 +352,7 @@ mod tests {
                 throttled_share: 0.125,
                 most_share: 0.2,
             }),
+            cpu: migration::CpuReport { source_ms: Some(3.5), target_ms: Some(2.5) },
             verified: Some(true),
             bytes_per_second: 14_000_000.0,
             phases: vec![PhaseReport { phase: Phase::Pausing, ms: 0.125 }],
@@ -374,6 +387,8 @@ mod tests {
             most_percent: 20,
         };
         assert_eq!(source.guest_cost, Some(cost));
+        let cpu = CpuTimes { source_ms: Some(millis(3.5)), target_ms: Some(millis(2.5)) };
+        assert_eq!((source.streams, source.cpu), (Some(4), Some(cpu)));
         let kinds = RoundKinds { raw: 1, zero: 4, plain: 1, rle: 1, delta: 1, copy: 1, same: 3 };
         assert_eq!(source.rounds[0].kinds, kinds);
         let codec = source.rounds[0].codec.unwrap();

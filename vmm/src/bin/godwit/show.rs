@@ -1,8 +1,9 @@
 //! Answers for people: short lines, with units; and for programs: JSON.
 
 use control::{
-    BalloonInfo, DirtyRate, DiskCounters, DiskInfo, DiskList, GuestCost, MeasurementCost, MemorySample, MemoryTransfer,
-    MigrationStatus, NicCounters, NicInfo, NicList, RoundCodecs, RoundInfo, StepInfo, TargetPart, VmInfo,
+    BalloonInfo, CpuTimes, DirtyRate, DiskCounters, DiskInfo, DiskList, GuestCost, MeasurementCost, MemorySample,
+    MemoryTransfer, MigrationStatus, NicCounters, NicInfo, NicList, RoundCodecs, RoundInfo, StepInfo, TargetPart,
+    VmInfo,
 };
 use indicatif::HumanBytes;
 use serde::Serialize;
@@ -85,6 +86,8 @@ fn details(migration: &MigrationStatus) {
         switched,
         stalled_in_round,
         guest_cost,
+        cpu,
+        streams,
         ..
     } = migration;
     if let Some(TargetPart { restore_ms, start_ms }) = target_part {
@@ -98,6 +101,10 @@ fn details(migration: &MigrationStatus) {
     }
     if let Some(cost) = guest_cost {
         guest_cost_of(cost);
+    }
+    if let (Some(CpuTimes { source_ms: Some(source), target_ms: Some(target) }), Some(streams)) = (cpu, streams) {
+        let over = if *streams == 1 { "1 connection".to_owned() } else { format!("{streams} connections") };
+        println!("  CPU time   {source} at the source, {target} at the target, over {over}");
     }
     if !steps.is_empty() {
         let step = |step: &StepInfo| format!("{} {}", word(&step.step), step.duration_ms);
