@@ -111,7 +111,10 @@ fn at_decisive_frame(plan: impl Fn() -> Plan, sender: usize) -> Vec<(Harm, Fate)
     let decided = fates.pop().unwrap();
     for (frame, fates) in fates.iter().enumerate() {
         for (harm, fate) in Harm::FOUND.iter().zip(fates) {
-            let harmless = (*harm, *fate) == (Harm::Swap, Fate::Moved) && sender == TARGET; // with a sign of life
+            // Between its first answer and the next the target only says how far it is.
+            let installed = (1..decisive - 1).contains(&frame) && matches!(harm, Harm::Lose | Harm::Double);
+            // Swapped with a sign of life.
+            let harmless = *fate == Fate::Moved && sender == TARGET && (*harm == Harm::Swap || installed);
             // The target's protest at a second Seal and the source's Go may pass each other.
             let late = (*harm, *fate) == (Harm::Double, Fate::FoundHere) && frame + 1 == decisive;
             assert!(

@@ -41,6 +41,34 @@ fn round_trips_over_the_goal_are_no_reason_for_many_rounds() {
     assert!(matches!(failed.cause, SourceError::GoalUnreachable { reason: SwitchReason::Stalled, .. }));
 }
 
+#[test]
+fn a_guest_does_not_stand_still_while_the_target_catches_up() {
+    // The link takes all at once; the target needs 5 s for the first round.
+    let slow = || Weather { page_time: Duration::from_millis(10), ..Weather::default() };
+    let Success { source, .. } = moves(&with(OnStall::Cancel, Duration::from_millis(150)), 0, slow());
+    assert!(source.rounds[0].pages - source.rounds[0].zero_pages > 400, "{:?}", source.rounds);
+    assert!(source.total_ms > 4000.0, "{source:?}");
+    assert!(source.downtime_ms.is_some_and(|downtime| downtime < 150.0), "{source:?}");
+    // It is cancelled while it waits.
+    let attempt =
+        try_to(&Plan { timeout: Some(Duration::from_secs(2)), ..with(OnStall::Stop, Duration::MAX) }, 2, slow());
+    let Outcome::StillOurs(failed) = attempt.0.outcome else { panic!("{:?}", attempt.0.outcome) };
+    assert!(matches!(failed.cause, SourceError::OutOfTime { .. }), "{}", failed.cause);
+    assert!(!failed.guest.calls.contains(&"pause") && attempt.1.facts().runs_at_source);
+    // A deadline does not wait for the target.
+    let hurried = with(OnStall::Stop, Duration::from_millis(150));
+    let hurried = Plan { goal: Goal { deadline: Some(Duration::from_secs(2)), ..hurried.goal }, ..hurried };
+    let Success { source, .. } = moves(&hurried, 0, slow());
+    assert!(source.rounds.len() < 5 && source.downtime_ms.is_some_and(|downtime| downtime > 1000.0), "{source:?}");
+}
+
+#[test]
+fn a_far_target_that_keeps_up_is_waited_for_once() {
+    let far = Weather { round_trip: Some(Duration::from_millis(100)), ..Weather::default() };
+    let Success { source, .. } = moves(&with(OnStall::Cancel, Duration::from_secs(1)), 2, far);
+    assert!(source.rounds.len() <= 4, "{:?}", source.rounds);
+}
+
 /// One attempt to migrate a fresh guest.
 fn try_to(plan: &Plan, busy: u32, weather: Weather) -> (Attempt, World) {
     let world = World::new();

@@ -9,6 +9,7 @@ use crate::CancelToken;
 use crate::bell::Bell;
 use crate::clock::Clock;
 use crate::link::{Cutter, Link, LinkError};
+use crate::region::PAGE_SIZE;
 use std::collections::VecDeque;
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -436,6 +437,11 @@ impl Link for End {
             let mut bytes = vec![0; slice.len()];
             self.take(&mut bytes)?;
             slice.copy_from(&bytes);
+            if self.side == TARGET {
+                let pages = u32::try_from(bytes.len() / PAGE_SIZE).unwrap();
+                let time = self.shared.lock().weather.page_time * pages;
+                self.shared.wait(self.wire, self.side, time, |_| false);
+            }
         }
         Ok(())
     }

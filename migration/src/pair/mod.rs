@@ -38,6 +38,8 @@ pub(super) struct Weather {
     pub(super) faults: Vec<FaultAt>,
     pub(super) cancel_at: Option<usize>,
     pub(super) round_trip: Option<Duration>,
+    /// How long the target needs for each page.
+    pub(super) page_time: Duration,
     /// What becomes of handles to memory.
     pub(super) handles: Handles,
     /// Whether only one stream more can be had.

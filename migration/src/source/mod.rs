@@ -264,6 +264,8 @@ impl<G: SourceGuest> Precopy<G> {
         match drive.next(self.round, dirty_at_end - unsent, unsent)? {
             Then::Round => Ok(true),
             Then::SlowerRound => self.slow_down(drive).map(|()| true),
+            // What the guest writes until the target has caught up is for another round.
+            Then::Pause if self.round < drive.plan.goal.max_rounds => drive.target_lags(self.round),
             Then::Pause => Ok(false),
         }
     }

@@ -242,6 +242,7 @@ impl<'a, M: GuestPages, L: Link<Handle = M::Handle>> Driver<'a, L, M> {
         let (filling, round) =
             waiting.round_done(moment(&self.around, &self.channel, Some(&intake), self.cpu_before))?;
         self.around.observer.on(Progress::RoundDone(round));
+        self.say(&Frame::Installed { round: round.round });
         Ok(Target::Filling(filling))
     }
 
@@ -300,7 +301,7 @@ impl<'a, M: GuestPages, L: Link<Handle = M::Handle>> Driver<'a, L, M> {
         }
     }
 
-    /// Says the last word. Whether it arrives changes nothing here: the source will ask.
+    /// Says what the source may not hear: its last words, if it has given up, are still to be read, and after `Go` it asks.
     fn say(&mut self, frame: &Frame<'_>) {
         if let Err(error) = self.channel.send(frame) {
             tracing::warn!(error = in_words(&error), frame = %frame.kind(), "the source was not told");

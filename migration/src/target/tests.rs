@@ -127,6 +127,7 @@ fn frames(records: &[PageRecord]) -> Vec<Frame<'_>> {
         Frame::Verdict(Claim::Mine),
         Frame::Report(b"{}"),
         Frame::Join(Join { session: SESSION, stream: 1 }),
+        Frame::Installed { round: 1 },
     ]
 }
 

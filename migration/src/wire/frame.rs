@@ -102,6 +102,11 @@ pub enum Frame<'a> {
     Report(&'a [u8]),
     /// The first frame of one more stream.
     Join(Join),
+    /// How far the target is.
+    Installed {
+        /// The last round, from 1, of which all pages are in the guest's memory.
+        round: u32,
+    },
 }
 
 /// The offer.
@@ -249,6 +254,7 @@ impl<'a> Frame<'a> {
             Self::Heartbeat => Kind::Heartbeat,
             Self::Report(_) => Kind::Report,
             Self::Join(_) => Kind::Join,
+            Self::Installed { .. } => Kind::Installed,
         }
     }
 
@@ -278,6 +284,7 @@ impl<'a> Frame<'a> {
             Self::Join(Join { session, stream }) => {
                 out.extend(WireJoin { session: *session.as_bytes(), stream: (*stream).into() }.as_bytes());
             }
+            Self::Installed { round } => out.extend(round.to_le_bytes()),
             Self::Running(Running { restore, start, cpu }) => {
                 let [restore_us, start_us, cpu_us] = [restore, start, cpu].map(|time| micros(*time).into());
                 out.extend(WireRunning { restore_us, start_us, cpu_us }.as_bytes());
@@ -339,6 +346,7 @@ impl<'a> Frame<'a> {
                 let WireJoin { session, stream } = cursor.field()?;
                 Self::Join(Join { session: Uuid::from_bytes(*session), stream: stream.get() })
             }
+            Kind::Installed => Self::Installed { round: cursor.field::<U32>()?.get() },
         };
         cursor.end()?;
         Ok(frame)

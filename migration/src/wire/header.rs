@@ -84,6 +84,8 @@ kinds! {
     Report = 15, at most MAX_REPORT;
     /// One more stream of a migration.
     Join = 16, at most frame::JOIN_BYTES;
+    /// How far the target is.
+    Installed = 17, at most size_of::<U32>();
 }
 
 impl Kind {

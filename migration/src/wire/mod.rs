@@ -15,6 +15,7 @@
 //! | `Join` | → | on a new link: one more stream of that session, for `Pages` and `RoundEnd` |
 //! | `Pages` | → | runs of zero pages, runs in one of the codecs, and runs whose bytes follow |
 //! | `RoundEnd` | → | what the round held |
+//! | `Installed` | ← | the pages of all rounds up to this one are in the guest's memory; may come at any time after that |
 //! | `State` | → | the saved state of the paused guest |
 //! | `Seal` | → | digest of all frames before it on each stream, and of memory on request |
 //! | `Ready` | ← | all restored, nothing runs |

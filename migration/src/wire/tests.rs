@@ -88,6 +88,7 @@ fn all<'a>(records: &'a [PageRecord]) -> Vec<Frame<'a>> {
         Frame::Heartbeat,
         Frame::Report(b"{}"),
         Frame::Join(Join { session: Uuid::from_u128(1), stream: 0x0201 }),
+        Frame::Installed { round: 0x0201 },
     ]
 }
 
@@ -122,6 +123,7 @@ fn golden_bytes() {
         "47574d47 0300 0e00 00000000 0234ba4a",
         "47574d47 0300 0f00 02000000 b4a9f76b 7b7d",
         "47574d47 0300 1000 12000000 88505bff 00000000000000000000000000000001 0102",
+        "47574d47 0300 1100 04000000 39ac5ed0 01020000",
     ];
     for (frame, expected) in all(&records()).iter().zip(expected) {
         let found: String = bytes(frame).iter().map(|byte| format!("{byte:02x}")).collect();

@@ -1,6 +1,8 @@
 //! The source's side of the conversation, and its account of the migration: everything about one run that is not the
 //! guest.
 
+mod lag;
+
 use super::error::SourceError;
 use super::sender::Sender;
 use super::steering::{Course, Left, Steering, Then, timed};
@@ -59,6 +61,10 @@ pub(super) struct Drive<'a, L> {
     cpu_before: Duration,
     entered: Option<(Phase, Duration)>,
     paused: Option<Duration>,
+    /// The last round of which the target has installed all pages.
+    installed: u32,
+    /// Whether it had by the time that it was last waited for.
+    target_keeps_up: bool,
     account: Account,
 }
 
@@ -91,6 +97,8 @@ impl<'a, L: Link> Drive<'a, L> {
             cpu_before: clock.thread_cpu(),
             entered: None,
             paused: None,
+            installed: 0,
+            target_keeps_up: false,
             account,
         }
     }
@@ -250,7 +258,7 @@ impl<'a, L: Link> Drive<'a, L> {
         Err(SourceError::Link(LinkError::TimedOut { limit }))
     }
 
-    /// Reads one frame; `None` for a sign of life.
+    /// Reads one frame; `None` for a sign of life, or of how far the target is.
     fn read_answer(&mut self) -> Result<Option<Answer>, SourceError> {
         let frame = self.channel.receive(&mut self.inbox)?;
         let found = frame.kind();
@@ -260,6 +268,10 @@ impl<'a, L: Link> Drive<'a, L> {
             Frame::Running(part) => Ok(Some(Answer::Running(part))),
             Frame::Verdict(claim) => Ok(Some(Answer::Verdict(claim))),
             Frame::Heartbeat => Ok(None),
+            Frame::Installed { round } => {
+                self.installed = self.installed.max(round);
+                Ok(None)
+            }
             Frame::Refuse { reason } => Err(SourceError::Refused { reason: reason.to_owned() }),
             Frame::Abort { reason } => Err(SourceError::TargetGaveUp { reason: reason.to_owned() }),
             Frame::Hello(_)
