@@ -2,13 +2,15 @@
 //!
 //! ```text
 //! never backed ──► Zero        zero ──► Zero        nothing more to try ──► Raw, straight from guest memory
-//! else a copy of the page:  as last sent ──► nothing   little changed ──► Delta   as another page ──► Copy
-//!                           few runs ──► Rle           else ──► Plain, or Raw if nothing has to remember the page
+//! else a copy of the page:  as last sent ──► nothing   little changed ──► Delta   few runs ──► Rle
+//!                           as another page ──► Copy   more runs ──► Rle
+//!                           else ──► Plain, or Raw if nothing has to remember the page
 //! ```
 //! What travels encoded goes into the block, which is packed as a whole at the end.
 
 use crate::codec::block::{MAX_BLOCK, Packer};
 use crate::codec::delta::Compared;
+use crate::codec::reference::REFERENCE_BYTES;
 use crate::codec::{Codecs, Page, PageCode, PageId, Tried, rle};
 use crate::counts::PageCounts;
 use crate::guest::{GuestPages, HostError, exact_slice};
@@ -24,6 +26,10 @@ use vm_memory::VolatileSlice;
 const SCAN_PAGES: u32 = 4096;
 
 const _: () = assert!(SCAN_PAGES + MAX_RAW_PAGES <= MAX_PAGES, "a batch fits in a frame");
+
+/// An encoding by runs of at most so many bytes is taken without a search for an equal page: that takes longer, and a
+/// reference is not much shorter.
+const SHORT_RLE: usize = 2 * REFERENCE_BYTES;
 
 /// How pages are looked at and encoded, in one round.
 #[derive(Debug, Clone, Copy)]
@@ -185,13 +191,18 @@ impl Batch {
     /// Encodes a page without regard to what it was before.
     fn encode_whole(&mut self, content: &Page, id: PageId, method: Method<'_>) -> PageCode {
         let Method { codecs, history, round: _, pages: _ } = method;
+        let before = self.block.len();
+        let rle = codecs.rle && rle::encode(content, &mut self.block) == Tried::Written;
+        let is_short = rle && self.block.len() - before <= SHORT_RLE;
         if codecs.dedup
+            && !is_short
             && let Some(reference) = history.find(id, content)
         {
+            self.block.truncate(before);
             reference.encode(&mut self.block);
             return PageCode::Copy;
         }
-        if codecs.rle && rle::encode(content, &mut self.block) == Tried::Written {
+        if rle {
             return PageCode::Rle;
         }
         if codecs.leave_raw() {

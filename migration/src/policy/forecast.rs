@@ -37,15 +37,15 @@ pub(super) fn forecast(codecs: &Codecs, work: &Work, link: &LinkRate, terms: &Te
     let delta = if codecs.delta { work.delta() } else { none };
     let dedup = if codecs.dedup { work.dedup() } else { none };
     let rle = if codecs.rle { work.rle() } else { none };
-    let to_dedup = 1.0 - delta.hits;
-    let to_rle = to_dedup * (1.0 - dedup.hits);
-    let rest = to_rle * (1.0 - rle.hits);
+    let to_rle = 1.0 - delta.hits;
+    let to_dedup = to_rle * (1.0 - rle.hits);
+    let rest = to_dedup * (1.0 - dedup.hits);
     let encoded = delta.hits * delta.bytes + to_dedup * dedup.hits * dedup.bytes + to_rle * rle.hits * rle.bytes;
     let records = (1.0 - rest) * RECORD;
     let (in_block, beside) = if codecs.leave_raw() { (encoded, rest * PAGE) } else { (encoded + rest * PAGE, 0.0) };
     let (pack_cost, left) = work.packing(codecs.packing);
     let bytes = in_block * left + beside + records;
-    let encode = work.page_cost(codecs, to_dedup, to_rle, rest) + in_block * pack_cost;
+    let encode = work.page_cost(codecs, to_rle, to_dedup, rest) + in_block * pack_cost;
     let (streams, cpu) = (f64::from(terms.streams), encode);
     let encode = encode * work.crowding();
     let seconds = match link.of(codecs.packing != Packing::Stored) {

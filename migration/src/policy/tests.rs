@@ -106,11 +106,11 @@ impl Scene {
             let share = if self.round > 1 && self.kept { content.partial } else { 0.0 };
             delta_bytes = take(share, 0.9e-6, 400.0, PageCode::Delta);
         }
-        if codecs.dedup {
-            take(content.twins, 0.9e-6, 8.0, PageCode::Copy);
-        }
         if codecs.rle {
             rle_bytes = take(content.runs, 0.45e-6, 64.0, PageCode::Rle);
+        }
+        if codecs.dedup {
+            take(content.twins, 0.9e-6, 8.0, PageCode::Copy);
         }
         let raw = codecs.leave_raw();
         counts.add(if raw { PageCode::Raw } else { PageCode::Plain }, whole(rest));

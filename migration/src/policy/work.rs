@@ -275,13 +275,13 @@ impl Work {
             self.delta.rest.fresh &= round > 1;
             rest = rest.saturating_sub(pages.delta + pages.same);
         }
-        if codecs.dedup {
-            usual += real(rest) * DEDUP;
-            rest = self.dedup.note(rest, pages.copy, pages.copy * 8);
-        }
         if codecs.rle {
             usual += real(rest) * RLE;
-            self.rle.note(rest, pages.rle, measured.rle_bytes);
+            rest = self.rle.note(rest, pages.rle, measured.rle_bytes);
+        }
+        if codecs.dedup {
+            usual += real(rest) * DEDUP;
+            self.dedup.note(rest, pages.copy, pages.copy * 8);
         }
         usual += real(pages.plain) * PLAIN;
         if all * 2 > pages.all() {
@@ -364,7 +364,7 @@ impl Work {
 
     /// Seconds of processor time for a page that is not zero, up to what no codec takes, which is the rest: each page, and
     /// that share of them that comes as far as the codec.
-    pub(super) fn page_cost(&self, codecs: &Codecs, to_dedup: f64, to_rle: f64, plain: f64) -> f64 {
+    pub(super) fn page_cost(&self, codecs: &Codecs, to_rle: f64, to_dedup: f64, plain: f64) -> f64 {
         let encodes = codecs.rle || !codecs.leave_raw();
         let when = |on: bool, cost: f64| if on { cost } else { 0.0 };
         let usual = SCAN

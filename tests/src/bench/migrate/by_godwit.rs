@@ -38,10 +38,7 @@ pub(super) fn migrate(stage: &Stage<'_>, options: &[String], turn: usize) -> Res
     };
     let mut arrival = target.console()?;
     sleep(WORK);
-    // A slow link leaves time for it.
-    if stage.link.rate().is_none() {
-        warm_up(stage.guest)?;
-    }
+    warm_up(stage.guest, stage.link)?;
     let watch = Watch::begin([source.pid(), target.pid()])?;
     let status = order(stage, &source, &target, options)?;
     let usage = watch.end()?;

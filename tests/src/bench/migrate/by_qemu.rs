@@ -51,10 +51,7 @@ pub(super) fn migrate(stage: &Stage<'_>, variant: Variant, turn: usize) -> Resul
     there.call("migrate-incoming", &json!({ "uri": format!("tcp:{address}:0") }))?;
     let port = listening_port(&there.call("query-migrate", &json!({}))?)?;
     sleep(WORK);
-    // A slow link leaves time for it.
-    if stage.link.rate().is_none() {
-        warm_up(stage.guest)?;
-    }
+    warm_up(stage.guest, stage.link)?;
     let watch = Watch::begin([source.child.id(), target.child.id()])?;
     here.call("migrate", &json!({ "uri": format!("tcp:{address}:{port}") }))?;
     await_completion(&mut here)?;

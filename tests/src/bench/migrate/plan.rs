@@ -80,15 +80,20 @@ fn matrix_guests(mib: u64) -> Vec<Guest> {
         guest("zero-filled", Content::Zero, mib, "over ws=64M rate=1000 pattern=zero"),
         guest("coloured", Content::Colour, mib, "over ws=64M rate=1000 pattern=colour"),
         guest("random write", Content::Random, mib, "over ws=64M rate=1000 pattern=shift"),
-        // Not far below what 1 Gbit/s carries as whole pages, so that they take many rounds.
-        guest(
-            "partial update",
-            Content::Random,
-            PARTIAL_MIB,
-            &format!("over ws={PARTIAL_MIB}M rate=25000 pattern=patch"),
-        ),
+        partial_update(),
         guest("twin pages", Content::Twin, mib, "ws=0"),
     ]
+}
+
+/// It writes not far below what 1 Gbit/s carries as whole pages, so that they take many rounds, but not more rounds than
+/// there may be. Ticks at each millisecond would take too much of the guest's time for that.
+fn partial_update() -> Guest {
+    Guest {
+        name: format!("partial update, {PARTIAL_MIB} MiB"),
+        memory_mib: PARTIAL_MIB + 64,
+        content: Some((Content::Random, PARTIAL_MIB)),
+        words: format!("over ws={PARTIAL_MIB}M rate=22500 pattern=patch tick=10"),
+    }
 }
 
 fn codecs(quick: bool) -> Vec<Heat> {
@@ -105,12 +110,17 @@ fn codecs(quick: bool) -> Vec<Heat> {
             .map(|(link, guest)| heat(link, guest, all.clone(), 5))
             .collect();
     }
-    let (partial, others): (Vec<_>, Vec<_>) =
-        matrix_guests(MATRIX_MIB[0]).into_iter().partition(|guest| guest.name.starts_with("partial"));
-    let mut heats: Vec<Heat> = others.iter().map(|guest| heat(Link::Gigabit, guest.clone(), all.clone(), 3)).collect();
+    let starts_with = |name: &'static str| move |guest: &Guest| guest.name.starts_with(name);
+    let others = |guest: &Guest| !starts_with("partial")(guest);
+    let guests: Vec<Guest> = matrix_guests(MATRIX_MIB[0]).into_iter().filter(others).collect();
+    let by_all = guests.iter().filter(|guest| !starts_with("twin")(guest));
+    let mut heats: Vec<Heat> = by_all.map(|guest| heat(Link::Gigabit, guest.clone(), all.clone(), 3)).collect();
+    // The more of them there are, the less it matters that a move takes some time in any case.
+    let large = matrix_guests(MATRIX_MIB[1]).into_iter().filter(starts_with("twin"));
+    heats.extend(large.map(|guest| heat(Link::Gigabit, guest, named(&["none", "dedup", "auto"]), 3)));
     // Without a memory of what was sent it takes long.
-    heats.extend(partial.into_iter().map(|guest| heat(Link::Gigabit, guest, named(&["none", "delta", "auto"]), 1)));
-    heats.extend(others.into_iter().map(|guest| heat(Link::TenGigabit, guest, named(&["none", "auto"]), 3)));
+    heats.push(heat(Link::Gigabit, partial_update(), named(&["none", "delta", "auto"]), 1));
+    heats.extend(guests.into_iter().map(|guest| heat(Link::TenGigabit, guest, named(&["none", "auto"]), 5)));
     heats
 }
 
