@@ -137,6 +137,18 @@ pub(super) fn rows(cells: &Cells<'_>) -> Vec<Row> {
             &cells.gain("random write", "godwit rle", NONE),
         ),
         row(
+            least,
+            "1 Gbit/s, round trips up to 64 ms: bytes per second as a share of the link's, over the worst way",
+            &Ok(0.9),
+            &share_of_gigabit(*cells),
+        ),
+        row(
+            least,
+            "1 Gbit/s, 64 ms, 0.1 % of the frames lost, CUBIC: total time of one stream as a multiple of the default's",
+            &Ok(2.0),
+            &gain_of_streams(*cells),
+        ),
+        row(
             most,
             "16 GiB sparse guest: resident memory of the larger end beside the guest's, MiB; the goal is 64 and the cache",
             &Ok(64.0 + f64::from(ENGINE_CACHE_MIB)),
@@ -167,6 +179,21 @@ fn share_of_iperf(cells: Cells<'_>) -> Known {
         cells.find(Part::AgainstQemu, Link::Loopback, MAIN, contender).and_then(|cell| median(cell, Figure::RateMbS))
     };
     Ok(rate(GODWIT)? / rate("iperf3")?)
+}
+
+/// The least share of the links without loss that the default uses.
+fn share_of_gigabit(cells: Cells<'_>) -> Known {
+    const MB_PER_S: f64 = 125.0;
+    let here = |cell: &&Cell| cell.link != Link::Gigabit64MsLossy && cell.contender == GODWIT;
+    let share = |cell| Ok(median(cell, Figure::LinkMb)? * 1e3 / median(cell, Figure::MigrationMs)? / MB_PER_S);
+    least_of(cells.of(Part::Distance).filter(here).map(share))
+}
+
+fn gain_of_streams(cells: Cells<'_>) -> Known {
+    let total = |contender| {
+        median(cells.find(Part::Distance, Link::Gigabit64MsLossy, "random", contender)?, Figure::MigrationMs)
+    };
+    Ok(total("godwit one stream")? / total(GODWIT)?)
 }
 
 fn auto_against_best(cells: Cells<'_>, guest: &str) -> Known {
@@ -248,7 +275,8 @@ mod tests {
     #[test]
     fn the_plan_has_a_cell_for_every_promise() {
         for quick in [true, false] {
-            let figures: [(Figure, &[f64]); 4] = [
+            let figures: [(Figure, &[f64]); 5] = [
+                (Figure::LinkMb, &[1.0]),
                 (Figure::MigrationMs, &[1.0]),
                 (Figure::DowntimeMs, &[1.0]),
                 (Figure::RateMbS, &[1.0]),

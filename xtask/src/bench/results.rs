@@ -105,6 +105,7 @@ fn markdown(cells: &[Cell], rows: &[Row], plots: &[(Part, Link, String)]) -> Str
         let title = match part {
             Part::AgainstQemu => "Beside QEMU",
             Part::Codecs => "Codecs",
+            Part::Distance => "Over a long way",
             Part::EngineMemory => "Memory of the engine",
             Part::HandOver => "Memory handed over within the host",
         };

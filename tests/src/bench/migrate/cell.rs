@@ -3,6 +3,7 @@
 //! All of it is plain data, so that a bench is a list ([`super::plan`]) and a new option of `godwit migrate` is a word in it.
 
 use std::fmt;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
@@ -18,6 +19,8 @@ pub enum Part {
     Codecs,
     /// How much memory does the engine take?
     EngineMemory,
+    /// How much of a link does a migration use over a long way?
+    Distance,
     /// How long is the downtime when the memory is handed over within the host?
     HandOver,
 }
@@ -37,19 +40,66 @@ pub enum Link {
     /// The same at 100 Mbit/s.
     #[serde(rename = "100mbit")]
     HundredMegabit,
+    /// 1 Gbit/s each way, with a round trip of 4 ms.
+    #[serde(rename = "1gbit-4ms")]
+    Gigabit4Ms,
+    /// The same with 16 ms.
+    #[serde(rename = "1gbit-16ms")]
+    Gigabit16Ms,
+    /// The same with 64 ms.
+    #[serde(rename = "1gbit-64ms")]
+    Gigabit64Ms,
+    /// The same with 64 ms, where one frame in a thousand is lost each way.
+    #[serde(rename = "1gbit-64ms-lossy")]
+    Gigabit64MsLossy,
     /// A Unix socket.
     #[serde(rename = "unix-socket")]
     UnixSocket,
 }
 
+/// A long way.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub(super) struct Far {
+    pub(super) round_trip: Duration,
+    /// Share of the frames that are lost, each way.
+    pub(super) loss: f64,
+}
+
 impl Link {
+    /// Every link.
+    pub const ALL: [Self; 9] = [
+        Self::Loopback,
+        Self::TenGigabit,
+        Self::Gigabit,
+        Self::HundredMegabit,
+        Self::Gigabit4Ms,
+        Self::Gigabit16Ms,
+        Self::Gigabit64Ms,
+        Self::Gigabit64MsLossy,
+        Self::UnixSocket,
+    ];
+
     /// The speed each way, of those that have one.
     pub(super) fn rate(self) -> Option<Rate> {
         match self {
             Self::Loopback | Self::UnixSocket => None,
             Self::TenGigabit => Some(Rate::from_megabits(10_000)),
-            Self::Gigabit => Some(Rate::from_megabits(1000)),
+            Self::Gigabit | Self::Gigabit4Ms | Self::Gigabit16Ms | Self::Gigabit64Ms | Self::Gigabit64MsLossy => {
+                Some(Rate::from_megabits(1000))
+            }
             Self::HundredMegabit => Some(Rate::from_megabits(100)),
+        }
+    }
+
+    /// What makes it long, of those that are.
+    pub(super) fn far(self) -> Option<Far> {
+        let far = |ms, loss| Some(Far { round_trip: Duration::from_millis(ms), loss });
+        match self {
+            Self::Loopback | Self::UnixSocket | Self::TenGigabit | Self::Gigabit | Self::HundredMegabit => None,
+            Self::Gigabit4Ms => far(4, 0.0),
+            Self::Gigabit16Ms => far(16, 0.0),
+            Self::Gigabit64Ms => far(64, 0.0),
+            Self::Gigabit64MsLossy => far(64, 0.001),
         }
     }
 }
@@ -61,6 +111,10 @@ impl fmt::Display for Link {
             Self::TenGigabit => "10gbit",
             Self::Gigabit => "1gbit",
             Self::HundredMegabit => "100mbit",
+            Self::Gigabit4Ms => "1gbit-4ms",
+            Self::Gigabit16Ms => "1gbit-16ms",
+            Self::Gigabit64Ms => "1gbit-64ms",
+            Self::Gigabit64MsLossy => "1gbit-64ms-lossy",
             Self::UnixSocket => "unix-socket",
         })
     }
@@ -176,7 +230,7 @@ mod tests {
 
     #[test]
     fn links_have_one_name() {
-        for link in [Link::Loopback, Link::TenGigabit, Link::Gigabit, Link::HundredMegabit, Link::UnixSocket] {
+        for link in Link::ALL {
             assert_eq!(serde_json::to_value(link).unwrap(), link.to_string());
         }
     }

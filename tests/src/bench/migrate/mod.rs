@@ -10,6 +10,7 @@ mod by_godwit;
 mod by_qemu;
 pub mod cell;
 pub mod content;
+mod distance;
 pub mod plan;
 mod qmp;
 mod stage;
@@ -96,7 +97,7 @@ impl Bench {
         let content = heat.guest.content.map(file).transpose()?;
         let work = self.work.join(format!("heat-{index}"));
         std::fs::create_dir_all(&work)?;
-        let wire = Wire::lay(heat.link.rate())?;
+        let wire = Wire::lay(heat.link)?;
         Ok(Stage { programs: &self.programs, link: heat.link, wire, guest: &heat.guest, content, work })
     }
 

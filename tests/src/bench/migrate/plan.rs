@@ -35,7 +35,7 @@ const SLOW_WORKING_SETS: [(u64, u64); 2] = [(0, 0), (64, 1000)];
 
 /// Everything, or what the promises need.
 pub fn heats(quick: bool) -> Vec<Heat> {
-    [against_qemu(quick), codecs(quick), vec![engine_memory(quick)], hand_over(quick)].concat()
+    [against_qemu(quick), codecs(quick), distance(quick), vec![engine_memory(quick)], hand_over(quick)].concat()
 }
 
 fn godwit(name: &str, options: &str) -> Contender {
@@ -120,7 +120,7 @@ fn codecs(quick: bool) -> Vec<Heat> {
     heats.extend(large.map(|guest| heat(Link::Gigabit, guest, named(&["none", "dedup", "auto"]), 3)));
     // Without a memory of what was sent it takes long.
     heats.push(heat(Link::Gigabit, partial_update(), named(&["none", "delta", "auto"]), 1));
-    heats.extend(guests.into_iter().map(|guest| heat(Link::TenGigabit, guest, named(&["none", "auto"]), 5)));
+    heats.extend(guests.into_iter().map(|guest| heat(Link::TenGigabit, guest, named(&["none", "auto"]), 3)));
     heats
 }
 
@@ -134,6 +134,36 @@ fn engine_memory(quick: bool) -> Heat {
     };
     let contenders = vec![godwit("default", &format!("--delta-cache {ENGINE_CACHE_MIB}M"))];
     Heat { part: Part::EngineMemory, link: Link::Loopback, guest, contenders, runs: if quick { 1 } else { 3 } }
+}
+
+/// So many MiB that the round trips at begin and end do not count for much; and what takes one stream that loses frames as
+/// long.
+const LARGE: u64 = 2048;
+const SMALL: u64 = 24;
+
+/// Nothing that a codec makes shorter: what counts is how much of the link is used.
+fn distance(quick: bool) -> Vec<Heat> {
+    let heat = |link, mib: u64, contenders, runs| {
+        let guest = Guest {
+            name: format!("random, {mib} MiB"),
+            memory_mib: mib + 64,
+            content: Some((Content::Random, mib)),
+            words: "ws=0 tick=1".to_owned(),
+        };
+        Heat { part: Part::Distance, link, guest, contenders, runs }
+    };
+    let alone = || vec![godwit("default", "")];
+    // By the way most hosts react to a loss.
+    let lossy = vec![godwit("default", "--congestion cubic"), godwit("one stream", "--congestion cubic --streams 1")];
+    if quick {
+        return vec![heat(Link::Gigabit64Ms, LARGE, alone(), 1), heat(Link::Gigabit64MsLossy, SMALL, lossy, 1)];
+    }
+    let others = [Contender::Iperf, Contender::Qemu(Variant::Plain), Contender::Qemu(Variant::Multifd)];
+    let all = [alone(), others.to_vec()].concat();
+    let near = [Link::Gigabit, Link::Gigabit4Ms, Link::Gigabit16Ms, Link::Gigabit64Ms];
+    let mut heats: Vec<Heat> = near.map(|link| heat(link, LARGE, all.clone(), 3)).into();
+    heats.push(heat(Link::Gigabit64MsLossy, SMALL, lossy, 5));
+    heats
 }
 
 fn hand_over(quick: bool) -> Vec<Heat> {

@@ -44,7 +44,7 @@ pub(super) fn warm_up(guest: &Guest, link: Link) -> io::Result<()> {
 
 /// Whether pages come more slowly than memory is taken for them, however cold it is.
 fn is_slow(link: Link) -> bool {
-    matches!(link, Link::Gigabit | Link::HundredMegabit)
+    link.rate().is_some() && link != Link::TenGigabit
 }
 
 /// Whether the guest's pages may be next to nothing on the link.

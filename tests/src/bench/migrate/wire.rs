@@ -1,14 +1,18 @@
-//! The two ends of a link on this host: network namespaces joined by a veth pair that HTB shapes at both ends.
+//! The two ends of a link on this host: network namespaces joined by a veth pair that HTB shapes at both ends, or by a
+//! [`Distance`].
 //!
 //! The namespaces have no names. Each lives as long as a process that waits in it for the end of a pipe of ours, and the
 //! VMMs that run in it are killed when their parent dies: whatever ends the bench, the kernel takes all of it away.
 
+use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::net::Ipv4Addr;
 use std::process::{Child, Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
 
+use super::cell::{Far, Link};
+use super::distance::Distance;
 use crate::network::Rate;
 
 /// Both ends are there under the same name.
@@ -33,15 +37,25 @@ pub(super) enum End {
 pub(super) struct Wire {
     /// Source and target; without them both are on this host.
     ends: Option<[Namespace; 2]>,
+    /// What is between them, where that is no veth pair.
+    _distance: Option<Distance>,
 }
 
 impl Wire {
-    /// Both ends on this host as it is, or apart with a link of this rate; needs root, `ip` and `tc`, and a kernel with veth
-    /// and HTB.
-    pub(super) fn lay(rate: Option<Rate>) -> Result<Self> {
-        let Some(rate) = rate else { return Ok(Self { ends: None }) };
+    /// Both ends on this host as it is, or apart if the link has a rate; needs root, `ip` and `tc`, and a kernel with veth
+    /// and HTB, or with taps.
+    pub(super) fn lay(link: Link) -> Result<Self> {
+        let Some(rate) = link.rate() else { return Ok(Self { ends: None, _distance: None }) };
         let apart = || -> Result<_> {
             let ends = [Namespace::make()?, Namespace::make()?];
+            if let Some(far) = link.far() {
+                let [a, b] = ends.each_ref().map(Namespace::file);
+                let distance = Distance::lay([a?, b?], DEVICE, rate, far)?;
+                for (end, which) in ends.iter().zip([End::Source, End::Target]) {
+                    run(end.command("sh").args(["-c", &far_script(address(which), far)]))?;
+                }
+                return Ok((ends, Some(distance)));
+            }
             let [a, b] = ends.each_ref().map(|end| end.process.id().to_string());
             run(Command::new("ip")
                 .args(["link", "add", DEVICE, "netns", &a, "type", "veth"])
@@ -49,10 +63,10 @@ impl Wire {
             for (end, which) in ends.iter().zip([End::Source, End::Target]) {
                 run(end.command("sh").args(["-c", &setup_script(address(which), rate)]))?;
             }
-            Ok(ends)
+            Ok((ends, None))
         };
-        let ends = apart().context("Cannot join two network namespaces")?;
-        Ok(Self { ends: Some(ends) })
+        let (ends, distance) = apart().context("Cannot join two network namespaces")?;
+        Ok(Self { ends: Some(ends), _distance: distance })
     }
 
     /// The target's address.
@@ -101,6 +115,12 @@ fn setup_script(address: Ipv4Addr, rate: Rate) -> String {
     )
 }
 
+fn far_script(address: Ipv4Addr, far: Far) -> String {
+    // Carrying frames takes the processors' time from the contenders. Where frames are lost, their size matters more.
+    let bytes = if far.loss > 0.0 { 1500 } else { 9000 };
+    format!("set -e\nip address add {address}/24 dev {DEVICE}\nip link set {DEVICE} mtu {bytes}\n")
+}
+
 /// A network namespace without a name.
 #[derive(Debug)]
 struct Namespace {
@@ -125,8 +145,16 @@ impl Namespace {
         Ok(namespace)
     }
 
+    fn path(&self) -> String {
+        format!("/proc/{}/ns/net", self.process.id())
+    }
+
     fn option(&self) -> String {
-        format!("--net=/proc/{}/ns/net", self.process.id())
+        format!("--net={}", self.path())
+    }
+
+    fn file(&self) -> Result<File> {
+        File::open(self.path()).context("Cannot open a network namespace")
     }
 
     fn command(&self, program: &str) -> Command {
@@ -156,7 +184,7 @@ mod tests {
 
     #[test]
     fn without_a_rate_both_ends_are_here() {
-        let wire = Wire::lay(None).unwrap();
+        let wire = Wire::lay(Link::Loopback).unwrap();
         assert_eq!(wire.target_address(), Ipv4Addr::LOCALHOST);
         assert_eq!(wire.prefix(End::Source), ["setpriv", "--pdeathsig", "KILL"]);
         assert!(wire.command(End::Target, "true").status().unwrap().success());
