@@ -51,10 +51,7 @@ pub(crate) struct Trend {
     time: f64,
     sent: f64,
     pages: f64,
-    /// In which the guest wrote what the last round has left.
     last_time: Duration,
-    /// How long nothing was sent before the round that comes.
-    waited: Duration,
     recent: Vec<u64>,
     stalled_rounds: u32,
     cheap_rounds: u32,
@@ -69,7 +66,6 @@ impl Trend {
             sent: 0.0,
             pages: 0.0,
             last_time: Duration::ZERO,
-            waited: Duration::ZERO,
             recent: Vec::with_capacity(WINDOW + 1),
             stalled_rounds: 0,
             cheap_rounds: 0,
@@ -85,12 +81,7 @@ impl Trend {
         self.time = self.time / 2.0 + time.as_secs_f64();
         self.sent = self.sent / 2.0 + bytes(sent);
         self.pages = self.pages / 2.0 + bytes(pages);
-        self.last_time = time + std::mem::take(&mut self.waited);
-    }
-
-    /// Notes that nothing was sent for so long.
-    pub(crate) fn waited(&mut self, time: Duration) {
-        self.waited += time;
+        self.last_time = time;
     }
 
     /// The bytes that so many dirty pages will be on the link.

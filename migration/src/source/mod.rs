@@ -264,8 +264,11 @@ impl<G: SourceGuest> Precopy<G> {
         match drive.next(self.round, dirty_at_end - unsent, unsent)? {
             Then::Round => Ok(true),
             Then::SlowerRound => self.slow_down(drive).map(|()| true),
-            // What the guest writes until the target has caught up is for another round.
-            Then::Pause if self.round < drive.plan.goal.max_rounds => drive.target_lags(self.round),
+            Then::Pause if self.round < drive.plan.goal.max_rounds && drive.target_lags(self.round)? => {
+                // What the guest has written meanwhile goes in another round.
+                drive.log(|drive| self.harvest(drive))?;
+                Ok(true)
+            }
             Then::Pause => Ok(false),
         }
     }

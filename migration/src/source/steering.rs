@@ -97,11 +97,6 @@ impl Steering {
         (*sum, *longest, *last) = (*sum + time, time.max(*longest), time);
     }
 
-    /// Notes that the source has waited for the target before the round that comes.
-    pub(super) fn waited(&mut self, time: Duration) {
-        self.trend.waited(time);
-    }
-
     /// What comes after round `round`, with so many pages written in it, so many that it did not come to, and so many bytes
     /// on their way.
     pub(super) fn next(&mut self, round: u32, now: Duration, left: Left) -> Result<Then, SourceError> {

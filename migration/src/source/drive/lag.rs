@@ -46,7 +46,6 @@ impl<L: Link> Drive<'_, L> {
             }
         }
         let waited = self.clock.now() - begun;
-        self.steering.waited(waited);
         tracing::debug!(?waited, round, "the target has caught up");
         let round_trip = self.channel.link().round_trip().unwrap_or_default();
         self.target_keeps_up = waited <= round_trip + SHORT_WAIT;

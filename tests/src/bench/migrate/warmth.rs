@@ -14,7 +14,7 @@ use super::cell::{Content, Guest, Link};
 const BESIDE_MIB: u64 = 128;
 
 /// So many times what is taken must be warm: the kernel does not give out first what was freed last.
-const TIMES: u64 = 3;
+const TIMES: u64 = 4;
 
 /// Small pages, which a VMM may take like huge ones.
 const PAGE: usize = 4096;
