@@ -14,6 +14,7 @@ use godwit_tests::table;
 use guest_images::{DEFAULT_CACHE, Images};
 use tempfile::TempDir;
 
+use super::journal::Journal;
 use super::promises::{Cells, rows};
 use super::{QEMU, contents, promise_table, results, word};
 use crate::packages;
@@ -33,9 +34,12 @@ pub(super) struct Options {
     /// Only the cells of this question; may be given several times. The promises of others are not kept then.
     #[arg(long, value_enum)]
     part: Vec<Part>,
-    /// Write migrate.csv, migrate.md and plots into this folder, too.
+    /// Write migrate.csv, migrate.md, plots, and each turn's figures into this folder, too.
     #[arg(long, value_name = "DIR")]
     results: Option<PathBuf>,
+    /// Go on with a run into that folder that was cut off: what it has measured is not measured again.
+    #[arg(long, requires = "results")]
+    resume: bool,
 }
 
 /// Measures and prints.
@@ -67,10 +71,21 @@ fn measure(options: &Options) -> Result<Vec<Cell>> {
     let bench = Bench::new(programs, contents()?, work.path());
     let mut heats = plan::heats(options.quick);
     heats.retain(|heat| options.part.is_empty() || options.part.contains(&heat.part));
+    let mut journal = options.results.as_ref().map(|folder| Journal::open(folder, options.resume)).transpose()?;
     let mut cells = Vec::new();
     for (index, heat) in heats.iter().enumerate() {
-        eprintln!("{} of {}: {}, {}, {}", index + 1, heats.len(), word(&heat.part), heat.link, heat.guest.name);
-        cells.extend(bench.run(heat, index));
+        eprint!("{} of {}: {}, {}, {}", index + 1, heats.len(), word(&heat.part), heat.link, heat.guest.name);
+        let known = journal.as_ref().and_then(|journal| journal.cells_of(heat));
+        eprintln!("{}", if known.is_some() { ": measured before" } else { "" });
+        if let Some(known) = known {
+            cells.extend(known);
+            continue;
+        }
+        let measured = bench.run(heat, index);
+        if let Some(journal) = &mut journal {
+            journal.add(&measured)?;
+        }
+        cells.extend(measured);
     }
     Ok(cells)
 }

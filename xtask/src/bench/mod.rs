@@ -2,6 +2,7 @@
 //! where it cannot measure anything at all.
 
 mod boot;
+mod journal;
 mod migrate;
 mod plot;
 mod promises;
