@@ -144,6 +144,7 @@ fn sockets(context: &Context) -> Result<()> {
     refused(context, &["status", "--api", &in_work("none")], ERROR, &["there is no such socket"])?;
 
     let first = start(context, "first", &[])?;
+    first.await_phase(Phase::Running)?;
     let taken = first.folder().join("api.sock").display().to_string();
     refused_machine(context, &[&api(&taken)], ERROR, &[&taken, "in use by another process; choose another path"])?;
     let console = format!("--serial=unix:{}", first.folder().join("console.sock").display());
