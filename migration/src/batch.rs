@@ -320,6 +320,31 @@ mod tests {
     }
 
     #[test]
+    fn runs_that_are_short_are_no_references() {
+        let (guest, ledger) = still();
+        let pages: Vec<u64> = REGIONS.iter().map(|region| region.pages).collect();
+        let history = History::new(0, &pages);
+        let codecs = Codecs { rle: true, dedup: true, ..Codecs::ZERO };
+        history.prepare(&codecs, 1).unwrap();
+        let memory = guest.memory();
+        let put = |page: u64, words: [u64; 2]| {
+            let run = PageRun { region: RegionId(0), first: PageIndex(page), pages: 1 };
+            let halves = words.map(|word| word.to_le_bytes().repeat(PAGE_SIZE / 16));
+            exact_slice(&memory, run).unwrap().copy_from(&halves.concat());
+            ledger.put_back(run);
+        };
+        // One word, twice; and two words, twice.
+        [(0, [7, 7]), (1, [7, 7]), (2, [5, 6]), (3, [5, 6])].into_iter().for_each(|(page, words)| put(page, words));
+        let mut batch = Batch::new(MAX_RAW_PAGES);
+        let method = Method { codecs, history: &history, round: 1, pages: None };
+        assert!(batch.fill(&ledger, &memory, method).unwrap());
+        let codes: Vec<_> = batch.records().iter().map(|(run, code)| (run.pages, code)).collect();
+        assert_eq!(codes, [(3, PageCode::Rle), (1, PageCode::Copy)]);
+        let one_word = 2 + 2 + 8;
+        assert_eq!(batch.block.len(), 2 * one_word + (one_word + 2 + 8) + REFERENCE_BYTES);
+    }
+
+    #[test]
     fn memory_that_cannot_be_had_is_an_error() {
         let (guest, ledger) = still();
         let guest = FakeGuest { fails: Some("slice"), ..guest };

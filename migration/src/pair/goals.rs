@@ -64,8 +64,12 @@ fn a_guest_does_not_stand_still_while_the_target_catches_up() {
 
 #[test]
 fn a_far_target_that_keeps_up_is_waited_for_once() {
-    let far = Weather { round_trip: Some(Duration::from_millis(100)), ..Weather::default() };
-    let Success { source, .. } = moves(&with(OnStall::Cancel, Duration::from_secs(1)), 2, far);
+    // It needs less than a round trip for a round, and the guest writes more than a few pages in each.
+    let page_time = Duration::from_micros(100);
+    let far = Weather { round_trip: Some(Duration::from_millis(100)), page_time, ..Weather::default() };
+    let Success { source, .. } = moves(&with(OnStall::Cancel, Duration::from_secs(1)), 8, far);
+    let written = |round: &crate::RoundReport| round.pages - round.zero_pages;
+    assert!(source.rounds.iter().map(written).min() > Some(256), "{:?}", source.rounds);
     assert!(source.rounds.len() <= 4, "{:?}", source.rounds);
 }
 
