@@ -10,6 +10,7 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result, ensure};
 
 use super::cell::Content;
+use super::random::SplitMix;
 
 /// What the tar is of.
 const LIBRARIES: &str = "/usr/lib";
@@ -91,15 +92,9 @@ fn fill_words(page: &mut [u8; PAGE], word: u64) {
     page.as_chunks_mut().0.fill([a, b, c, d]);
 }
 
-/// SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014), with the page's own seed.
 fn fill_random(page: &mut [u8; PAGE], seed: u64) {
-    let mut state = seed << 32;
-    for word in page.as_chunks_mut().0 {
-        state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut mixed = (state ^ (state >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        *word = (mixed ^ (mixed >> 31)).to_le_bytes();
-    }
+    let mut random = SplitMix(seed << 32);
+    page.as_chunks_mut().0.iter_mut().for_each(|word| *word = random.next().to_le_bytes());
 }
 
 #[cfg(test)]

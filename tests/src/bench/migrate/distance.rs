@@ -17,6 +17,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 use super::cell::Far;
+use super::random::SplitMix;
 use crate::network::Rate;
 
 /// How long frames wait at most for those before them, as in the buffer of a router; those that would wait longer are lost.
@@ -96,7 +97,7 @@ struct Way {
     bytes_per_second: f64,
     delay: Duration,
     loss: f64,
-    chance: u64,
+    chance: SplitMix,
     free_at: Option<Instant>,
     under_way: VecDeque<(Instant, Vec<u8>)>,
     spare: Vec<Vec<u8>>,
@@ -108,7 +109,7 @@ impl Way {
         let bytes_per_second = rate.bits() as f64 / 8.0;
         let (delay, loss) = (far.round_trip / 2, far.loss);
         let (under_way, spare) = (VecDeque::new(), Vec::new());
-        Self { bytes_per_second, delay, loss, chance: seed, free_at: None, under_way, spare }
+        Self { bytes_per_second, delay, loss, chance: SplitMix(seed), free_at: None, under_way, spare }
     }
 
     fn enter(&mut self, frame: &[u8], now: Instant) {
@@ -133,10 +134,8 @@ impl Way {
         self.under_way.pop_front_if(|(due, _)| *due <= now).map(|(_, frame)| frame)
     }
 
-    /// By Knuth's linear congruential generator of 64 bits, so that runs are alike.
     fn is_lost(&mut self) -> bool {
-        self.chance = self.chance.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        let drawn = u32::try_from(self.chance >> 32).expect("half of 64 bits");
+        let drawn = u32::try_from(self.chance.next() >> 32).expect("half of 64 bits");
         f64::from(drawn) < self.loss * f64::from(u32::MAX)
     }
 }

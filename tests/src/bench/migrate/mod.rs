@@ -13,6 +13,7 @@ pub mod content;
 mod distance;
 pub mod plan;
 mod qmp;
+mod random;
 mod stage;
 mod usage;
 mod warmth;
