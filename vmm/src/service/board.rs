@@ -84,7 +84,7 @@ impl Board {
     }
 
     /// Posts the machine that is here now, and whether its guest runs.
-    pub(crate) fn take_in(&self, machine: &Machine) {
+    pub(crate) fn post_machine(&self, machine: &Machine) {
         let disks = machine.disks().iter().map(|disk| {
             disk.with(|disk, _| DiskNotes { bytes: disk.backend().capacity(), counters: Arc::clone(disk.counters()) })
         });

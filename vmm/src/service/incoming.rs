@@ -226,7 +226,7 @@ impl Recipient for ToService {
 
     fn take(&mut self, machine: Machine) {
         // Who has heard from the source that the guest is here finds it here, and comes after it to its owner.
-        self.board.take_in(&machine);
+        self.board.post_machine(&machine);
         let _ = self.inbox.send(Message::Arrived(Box::new(machine)));
     }
 }

@@ -350,7 +350,7 @@ impl Service {
 
     /// Takes a machine in and posts it.
     fn keep(&mut self, machine: Box<Machine>) {
-        self.board.take_in(&machine);
+        self.board.post_machine(&machine);
         self.holding = Holding::Here(machine);
     }
 

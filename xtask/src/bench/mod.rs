@@ -33,7 +33,7 @@ pub(crate) struct Options {
 enum Bench {
     /// Boot times and resident memory beside QEMU, and the downtime of live migrations.
     Boot(boot::Options),
-    /// Migrations beside QEMU, codecs beside each other, the engine's memory, hand-overs within the host.
+    /// Migrations beside QEMU, codecs beside each other, the engine's memory, long ways, hand-overs within the host.
     Migrate(migrate::Options),
 }
 
