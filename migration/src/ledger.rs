@@ -1,44 +1,71 @@
 //! The ledger of dirty pages: which pages the target does not have in their present content.
 //!
 //! The source marks pages here as it harvests them from the dirty log, and takes them out in runs as it sends them. One
-//! bit per page, one bitmap per region. Invariants: `dirty` equals the number of set bits; no bit beyond a region's end
-//! is ever set; no set bit lies before `cursor`. Marks outside the guest's memory are ignored and reported as `false`.
+//! bit per page, in words of 64, those of all regions one after the other. Invariants: `dirty` equals the number of set
+//! bits; no bit beyond a region's end is ever set; no set bit is walked before `cursor`. Marks outside the guest's memory
+//! are ignored and reported as `false`.
+//!
+//! **The walk.** Memory has long stretches of one kind: zeros, text, noise, copies of what lies elsewhere. Sent one after the
+//! other, now the link waits for the processors and now they wait for the link, and what was measured of one stretch says
+//! little of the next. So memory is taken as [`LANES`] lanes of equal length, and each gives a word in turn:
+//!
+//! ```text
+//! words of the ledger   0  1  2  3 │ 4  5  6  7 │ 8  9  …        with 4 in a lane
+//! are walked as         0  4  8  … │ 1  5  9  … │ 2  6  …
+//! ```
+//! What follows each other on the link is of all kinds then, each mebibyte of it is like the whole, and the buffers of a
+//! connection even out what differs.
 
 use crate::region::{PageIndex, PageRun, RegionId};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// How many places of memory are walked at, in turn.
+pub(crate) const LANES: usize = 16;
 
 const WORD_BITS: u64 = 64;
 
 /// A set of dirty pages of all regions of one guest.
 #[derive(Debug, Clone)]
 pub struct DirtyLedger {
-    regions: Vec<Bitmap>,
+    words: Vec<u64>,
+    regions: Vec<Region>,
+    /// Words of a lane. The last ones may have fewer.
+    lane: usize,
     dirty: u64,
     cursor: Cursor,
 }
 
-#[derive(Debug, Clone)]
-struct Bitmap {
+/// Where a region's words begin, and how many pages it has.
+#[derive(Debug, Clone, Copy)]
+struct Region {
+    start: usize,
     pages: u64,
-    words: Vec<u64>,
 }
 
-/// The first place where a set bit can be.
+/// The first place on the walk where a set bit can be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 struct Cursor {
-    region: usize,
-    word: usize,
+    /// Which word of each lane.
+    row: usize,
+    lane: usize,
+}
+
+impl Cursor {
+    const START: Self = Self { row: 0, lane: 0 };
 }
 
 impl DirtyLedger {
     /// A ledger without dirty pages, for regions of these lengths in pages. [`RegionId`]s are indices into the slice.
     #[must_use]
     pub fn new(pages_per_region: &[u64]) -> Self {
-        let regions = pages_per_region
-            .iter()
-            .map(|&pages| Bitmap { pages, words: vec![0; index(pages.div_ceil(WORD_BITS))] })
-            .collect();
-        Self { regions, dirty: 0, cursor: Cursor { region: 0, word: 0 } }
+        let mut words = 0;
+        let place = |&pages: &u64| {
+            let start = words;
+            words += index(pages.div_ceil(WORD_BITS));
+            Region { start, pages }
+        };
+        let regions = pages_per_region.iter().map(place).collect();
+        Self { words: vec![0; words], regions, lane: words.div_ceil(LANES), dirty: 0, cursor: Cursor::START }
     }
 
     /// Marks one page. `false` if there is no such page.
@@ -50,7 +77,7 @@ impl DirtyLedger {
     /// dirty log. `first_page` must be a multiple of 64. `false` if that is not so or a set bit lay outside the region;
     /// what lies inside is marked anyway.
     pub fn mark_words(&mut self, region: RegionId, first_page: u64, words: &[u64]) -> bool {
-        let Some(bitmap) = self.regions.get_mut(usize::from(region.0)) else {
+        let Some(region) = self.regions.get(usize::from(region.0)).copied() else {
             return words.iter().all(|&word| word == 0);
         };
         if !first_page.is_multiple_of(WORD_BITS) {
@@ -58,15 +85,16 @@ impl DirtyLedger {
         }
         let mut inside = true;
         for (&word, at) in words.iter().zip(first_page / WORD_BITS..).filter(|&(&word, _)| word != 0) {
-            let valid = bitmap.valid_bits(at);
+            let valid = region.valid_bits(at);
             inside &= word & !valid == 0;
             if word & valid == 0 {
                 continue;
             }
-            let slot = &mut bitmap.words[index(at)];
+            let at = region.start + index(at);
+            let slot = &mut self.words[at];
             self.dirty += u64::from((word & valid & !*slot).count_ones());
             *slot |= word & valid;
-            self.cursor = self.cursor.min(Cursor { region: usize::from(region.0), word: index(at) });
+            self.cursor = self.cursor.min(Cursor { row: at % self.lane, lane: at / self.lane });
         }
         inside
     }
@@ -86,12 +114,12 @@ impl DirtyLedger {
 
     /// Marks every page of every region.
     pub fn mark_all(&mut self) {
-        self.dirty = 0;
-        self.cursor = Cursor { region: 0, word: 0 };
-        for bitmap in &mut self.regions {
-            self.dirty += bitmap.pages;
-            for at in 0..bitmap.words.len() {
-                bitmap.words[at] = bitmap.valid_bits(at as u64);
+        self.dirty = self.regions.iter().map(|region| region.pages).sum();
+        self.cursor = Cursor::START;
+        for region in &self.regions {
+            let words = index(region.pages.div_ceil(WORD_BITS));
+            for (word, at) in self.words[region.start..][..words].iter_mut().zip(0..) {
+                *word = region.valid_bits(at);
             }
         }
     }
@@ -105,64 +133,52 @@ impl DirtyLedger {
     /// Whether a page is dirty; `false` for pages that do not exist.
     #[must_use]
     pub fn is_dirty(&self, region: RegionId, page: u64) -> bool {
-        let word = self.regions.get(usize::from(region.0)).and_then(|bitmap| {
+        let exists = |region: &&Region| page < region.pages;
+        let word = self.regions.get(usize::from(region.0)).filter(exists).and_then(|region| {
             let at = usize::try_from(page / WORD_BITS).ok()?;
-            bitmap.words.get(at)
+            self.words.get(region.start + at)
         });
         word.is_some_and(|word| word & (1 << (page % WORD_BITS)) != 0)
     }
 
-    /// Takes the first run of dirty pages out, lowest region and page first, of at most `max_pages` pages.
-    /// `None` when no page is dirty, or `max_pages` is 0.
+    /// Takes the first run of dirty pages on the walk out: of at most `max_pages` pages, all of one word of the ledger, which
+    /// are 64. `None` when no page is dirty, or `max_pages` is 0.
     pub fn take_run(&mut self, max_pages: u32) -> Option<PageRun> {
         if max_pages == 0 {
             return None;
         }
-        let first = self.seek()?;
-        let region = self.cursor.region;
-        let pages = self.regions[region].clear_run(first, max_pages);
+        let at = self.seek()?;
+        let word = &mut self.words[at];
+        let bit = word.trailing_zeros();
+        let pages = (*word >> bit).trailing_ones().min(max_pages);
+        *word &= !(low_bits(pages.into()) << bit);
         self.dirty -= u64::from(pages);
-        self.cursor.word = index((first + u64::from(pages)) / WORD_BITS);
+        let region = self.regions.partition_point(|region| region.start <= at) - 1;
+        let first = (at - self.regions[region].start) as u64 * WORD_BITS + u64::from(bit);
         let region = RegionId(u16::try_from(region).expect("a set bit lies in a region that a RegionId named"));
         Some(PageRun { region, first: PageIndex(first), pages })
     }
 
-    /// Moves the cursor to the first word with a set bit and returns that bit's page.
-    fn seek(&mut self) -> Option<u64> {
-        while let Some(bitmap) = self.regions.get(self.cursor.region) {
-            let rest = bitmap.words.get(self.cursor.word..).unwrap_or(&[]);
-            if let Some(skip) = rest.iter().position(|&word| word != 0) {
-                self.cursor.word += skip;
-                let bit = u64::from(bitmap.words[self.cursor.word].trailing_zeros());
-                return Some(self.cursor.word as u64 * WORD_BITS + bit);
+    /// Moves the cursor to the first word with a set bit; where that is.
+    fn seek(&mut self) -> Option<usize> {
+        while self.cursor.row < self.lane {
+            let at = |lane: usize| lane * self.lane + self.cursor.row;
+            let marked = |lane: &usize| self.words.get(at(*lane)).is_some_and(|&word| word != 0);
+            if let Some(lane) = (self.cursor.lane..LANES).find(marked) {
+                let at = at(lane);
+                self.cursor.lane = lane;
+                return Some(at);
             }
-            self.cursor = Cursor { region: self.cursor.region + 1, word: 0 };
+            self.cursor = Cursor { row: self.cursor.row + 1, lane: 0 };
         }
         None
     }
 }
 
-impl Bitmap {
-    /// The bits of word `at` that stand for pages of this region.
+impl Region {
+    /// The bits of this region's word `at` that stand for pages.
     fn valid_bits(&self, at: u64) -> u64 {
         low_bits(self.pages.saturating_sub(at.saturating_mul(WORD_BITS)).min(WORD_BITS))
-    }
-
-    /// Clears the set bits from `first` on, up to the first clear one or `max_pages`; returns how many.
-    fn clear_run(&mut self, first: u64, max_pages: u32) -> u32 {
-        let mut taken = 0;
-        while taken < max_pages {
-            let page = first + u64::from(taken);
-            let Some(word) = self.words.get_mut(index(page / WORD_BITS)) else { break };
-            let bit = page % WORD_BITS;
-            let ones = (*word >> bit).trailing_ones().min(max_pages - taken);
-            *word &= !(low_bits(u64::from(ones)) << bit);
-            taken += ones;
-            if u64::from(ones) + bit < WORD_BITS {
-                break;
-            }
-        }
-        taken
     }
 }
 
@@ -220,13 +236,27 @@ mod tests {
     }
 
     #[test]
-    fn runs_come_in_order_bounded_and_within_a_region() {
+    fn runs_come_as_memory_is_walked_bounded_and_within_a_region() {
+        // 3 words and 2, which are walked in their order.
         let mut ledger = DirtyLedger::new(&[130, 70]);
         ledger.mark_all();
         assert_eq!(ledger.dirty_pages(), 200);
-        let runs = drain(&mut ledger, 100);
-        assert_eq!(runs, [run(R0, 0, 100), run(R0, 100, 30), run(R1, 0, 70)]);
+        let runs = drain(&mut ledger, 50);
+        let first = [run(R0, 0, 50), run(R0, 50, 14), run(R0, 64, 50), run(R0, 114, 14), run(R0, 128, 2)];
+        assert_eq!(runs, [&first[..], &[run(R1, 0, 50), run(R1, 50, 14), run(R1, 64, 6)]].concat());
         assert_eq!((ledger.dirty_pages(), ledger.take_run(0)), (0, None));
+    }
+
+    #[test]
+    fn lanes_take_turns() {
+        // 40 words, of which each lane has 3.
+        let mut ledger = DirtyLedger::new(&[64 * 20, 64 * 20]);
+        ledger.mark_all();
+        let walked: Vec<u64> =
+            drain(&mut ledger, 64).into_iter().map(|run| u64::from(run.region.0) * 20 + run.first.0 / 64).collect();
+        assert_eq!(walked[..9], [0, 3, 6, 9, 12, 15, 18, 21, 24]);
+        assert_eq!(walked[13..17], [39, 1, 4, 7]);
+        assert_eq!(walked.iter().collect::<BTreeSet<_>>().len(), 40);
     }
 
     #[test]
@@ -263,45 +293,53 @@ mod tests {
     fn what_is_put_back_comes_again() {
         let mut ledger = DirtyLedger::new(&[300]);
         ledger.mark_all();
-        let taken = ledger.take_run(250).unwrap();
-        assert!(ledger.put_back(run(R0, 100, 150)));
+        let taken: Vec<_> = (0..4).map_while(|_| ledger.take_run(250)).collect();
+        assert!(ledger.put_back(run(R0, 100, 156)));
         assert!(ledger.is_dirty(R0, 100) && !ledger.is_dirty(R0, 99) && !ledger.is_dirty(R0, 300));
-        assert_eq!(taken.bytes(), 250 * 4096);
-        assert_eq!(drain(&mut ledger, 1000), [run(R0, 100, 200)]);
+        assert_eq!(taken.iter().map(PageRun::bytes).sum::<usize>(), 256 * 4096);
+        assert_eq!(drain(&mut ledger, 1000).iter().map(|run| run.pages).sum::<u32>(), 200);
     }
 
     proptest! {
         #[test]
         fn behaves_like_a_set_of_pages(
-            lengths in prop::collection::vec(0u64..300, 0..4),
-            steps in prop::collection::vec((0u16..4, 0u64..320, any::<u64>(), 0u32..200, 0u8..4), 0..40),
+            lengths in prop::collection::vec(0u64..9000, 0..4),
+            steps in prop::collection::vec((0u16..4, 0u64..9020, any::<u64>(), 0u32..700, 0u8..4), 0..40),
         ) {
             let mut ledger = DirtyLedger::new(&lengths);
             let mut model = BTreeSet::new();
             let exists = |region: u16, page: u64| lengths.get(usize::from(region)).is_some_and(|&len| page < len);
+            let words = |lengths: &[u64]| lengths.iter().map(|pages| pages.div_ceil(64)).sum::<u64>();
+            let lane = words(&lengths).div_ceil(LANES as u64);
+            // When a page is walked, which is what the model is sorted by.
+            let at = |region: u16, page: u64| {
+                let word = words(&lengths[..usize::from(region)]) + page / 64;
+                (word % lane, word / lane, region, page)
+            };
             for (region, page, word, pages, step) in steps {
                 match step {
                     0 => {
                         prop_assert_eq!(ledger.mark(RegionId(region), page), exists(region, page));
-                        model.extend(exists(region, page).then_some((region, page)));
+                        model.extend(exists(region, page).then(|| at(region, page)));
                     }
                     1 => {
                         let first = page / 64 * 64;
                         let marked = (0..64).filter(|bit| word >> bit & 1 == 1).map(|bit| first + bit);
                         let (good, bad): (Vec<u64>, Vec<u64>) = marked.partition(|&page| exists(region, page));
                         prop_assert_eq!(ledger.mark_words(RegionId(region), first, &[word]), bad.is_empty());
-                        model.extend(good.into_iter().map(|page| (region, page)));
+                        model.extend(good.into_iter().map(|page| at(region, page)));
                     }
                     2 => {
                         ledger.put_back(run(RegionId(region), page, pages));
-                        model.extend((page..page + u64::from(pages)).filter(|&p| exists(region, p)).map(|p| (region, p)));
+                        model.extend((page..page + u64::from(pages)).filter(|&p| exists(region, p)).map(|p| at(region, p)));
                     }
                     _ => {
                         let Some(taken) = ledger.take_run(pages) else { continue };
                         prop_assert!(taken.pages <= pages);
-                        prop_assert_eq!(model.first(), Some(&(taken.region.0, taken.first.0)));
+                        let first = at(taken.region.0, taken.first.0);
+                        prop_assert_eq!(model.first(), Some(&first));
                         for offset in 0..u64::from(taken.pages) {
-                            prop_assert!(model.remove(&(taken.region.0, taken.first.0 + offset)));
+                            prop_assert!(model.remove(&at(taken.region.0, taken.first.0 + offset)));
                         }
                     }
                 }

@@ -2,22 +2,24 @@
 //!
 //! Memory that a page's bytes are the first to touch costs a fault, for each 4 KiB by itself: on a fast link more than all
 //! the rest of receiving. So where much comes into an *extent*, the size of a huge page, the host is asked to back the
-//! whole of it at once, and more of what follows it the longer that goes on, as a file is read ahead. An extent that gets
-//! few pages stays with small ones, so that a sparse guest stays sparse.
+//! whole of it at once, and more of what follows it the longer that goes on, as a file is read ahead, in each of the lanes
+//! that the source walks. An extent that gets few pages stays with small ones, so that a sparse guest stays sparse.
 
 use crate::codec::PageCode;
 use crate::guest::GuestPages;
+use crate::ledger::LANES;
 use crate::page_set::PageSet;
 use crate::region::{PageIndex, PageRun, RamRegion, RegionId};
 use crate::wire::Records;
+use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 /// Pages of an extent: 2 MiB, which the page tables of x86-64 map by one entry.
 const EXTENT_PAGES: u32 = 512;
 
-/// So many pages of an extent must come in one frame: a frame holds at most twice the pages of half an extent.
-const MANY: u64 = 64;
+/// So many pages of an extent must come in one frame, which holds pieces of 64 from here and there.
+const MANY: u64 = 32;
 
 /// The most extents that are backed at once. Linux flushes lists of all processors for each request, so one for four takes
 /// half the time of four; and no more than three may turn out to be for nothing.
@@ -30,13 +32,14 @@ pub(super) struct Backing {
     asked: PageSet,
     /// Extents of each region that are whole.
     extents: Vec<u64>,
-    ahead: Mutex<Ahead>,
+    /// The last requests, oldest first: one for each lane.
+    ahead: Mutex<VecDeque<Ahead>>,
     /// The host cannot, or not any more.
     ended: AtomicBool,
 }
 
-/// Where the last request has ended, and how much it was for.
-#[derive(Debug)]
+/// Where a request has ended, and how many extents it could have been for.
+#[derive(Debug, Clone, Copy)]
 struct Ahead {
     region: RegionId,
     next: u64,
@@ -47,8 +50,7 @@ impl Backing {
     pub(super) fn new(regions: &[RamRegion]) -> Self {
         let extents: Vec<u64> = regions.iter().map(|region| region.pages / u64::from(EXTENT_PAGES)).collect();
         let asked = PageSet::new(extents.iter().copied());
-        let ahead = Mutex::new(Ahead { region: RegionId(0), next: u64::MAX, window: 1 });
-        Self { asked, extents, ahead, ended: AtomicBool::new(false) }
+        Self { asked, extents, ahead: Mutex::default(), ended: AtomicBool::new(false) }
     }
 
     /// Sees to memory for the pages of a frame before they are written.
@@ -80,13 +82,16 @@ impl Backing {
     fn claim(&self, region: RegionId, extent: u64) -> Option<PageRun> {
         let mut ahead = self.ahead.lock().unwrap_or_else(PoisonError::into_inner);
         let end = self.extents.get(usize::from(region.0)).copied()?;
-        let goes_on = (ahead.region, ahead.next) == (region, extent);
-        let window = if goes_on { (ahead.window * 2).min(MAX_WINDOW) } else { 1 };
+        let before = ahead.iter().position(|before| (before.region, before.next) == (region, extent));
+        let window = before.and_then(|at| ahead.remove(at)).map_or(1, |before| (before.window * 2).min(MAX_WINDOW));
         let open =
             (extent..end.min(extent + window)).take_while(|&extent| !self.asked.contains(region, extent)).count();
         let extents = u32::try_from(open).ok().filter(|&extents| extents > 0)?;
         self.asked.add(PageRun { region, first: PageIndex(extent), pages: extents });
-        *ahead = Ahead { region, next: extent + u64::from(extents), window };
+        ahead.push_back(Ahead { region, next: extent + u64::from(extents), window });
+        if ahead.len() > LANES {
+            ahead.pop_front();
+        }
         let first = PageIndex(extent * u64::from(EXTENT_PAGES));
         Some(PageRun { region, first, pages: extents * EXTENT_PAGES })
     }
@@ -157,7 +162,7 @@ mod tests {
     #[test]
     fn many_pages_of_an_extent_back_it_once_and_few_do_not() {
         let (backing, host) = (backing(4096), host(true));
-        expect(&backing, &host, &[(100, 63, PageCode::Raw), (1024, 256, PageCode::Zero), (1536, 90, PageCode::Delta)]);
+        expect(&backing, &host, &[(100, 31, PageCode::Raw), (1024, 256, PageCode::Zero), (1536, 90, PageCode::Delta)]);
         assert_eq!(*host.runs.lock().unwrap(), []);
         expect(&backing, &host, &[(100, 40, PageCode::Raw), (140, 30, PageCode::Plain), (1600, 64, PageCode::Copy)]);
         expect(&backing, &host, &[(300, 200, PageCode::Raw)]);
@@ -173,6 +178,22 @@ mod tests {
         let extents: Vec<_> =
             host.runs.lock().unwrap().iter().map(|(first, pages)| (first / 512, pages / 512)).collect();
         assert_eq!(extents, [(0, 1), (1, 2), (3, 4), (7, 4), (11, 4), (15, 4), (19, 1)]);
+    }
+
+    /// Two places that are filled in turn are each read ahead, and so are as many as there are lanes, but no more.
+    #[test]
+    fn lanes_are_backed_ahead_each_by_itself() {
+        let most = LANES as u64;
+        for (lanes, last) in [(2, 4), (most, 4), (most + 1, 1)] {
+            let (backing, host) = (backing(512 * 20 * lanes), host(true));
+            for extent in 0..20 {
+                for lane in 0..lanes {
+                    expect(&backing, &host, &[((lane * 20 + extent) * 512, 256, PageCode::Raw)]);
+                }
+            }
+            let longest = host.runs.lock().unwrap().iter().map(|(_, pages)| pages / 512).max();
+            assert_eq!(longest, Some(last), "{lanes} lanes");
+        }
     }
 
     /// A part of an extent at the end of a region is none, and what is backed is not asked for again.
