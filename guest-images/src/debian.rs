@@ -27,6 +27,7 @@ const INCLUDE: &[&str] = &[
     "fio",
     "iproute2",
     "kmod",
+    "libmemcached-tools",
     "memcached",
     "ncbi-blast+",
     "openssh-server",
