@@ -81,7 +81,7 @@ fn scenarios(options: &Options) -> Result<Tally> {
     let images = scenario_images(&binaries)?;
     let choice = choose_place(&binaries, &images)?;
     let filters = options.filter.clone();
-    Plan { binaries, images, debian, filters, choice, lab_memory_mib: LAB_MEMORY_MIB }.run()
+    Plan { binaries, images, debian: debian_disks, filters, choice, lab_memory_mib: LAB_MEMORY_MIB }.run()
 }
 
 /// Where Linux guests run: on this host if it has what they need and a trial boot succeeds, else in the lab.
@@ -119,7 +119,7 @@ pub(crate) fn scenario_images(binaries: &Path) -> Result<PathBuf> {
 }
 
 /// The folder with the disk of the `debian` image and its key under their plain names, as links into the image cache.
-fn debian() -> Result<PathBuf> {
+pub(crate) fn debian_disks() -> Result<PathBuf> {
     let debian = Images::open(&root().join(DEFAULT_CACHE))?.debian(&binaries()?.join("verifier"))?;
     let folder = scenario_folder(DISKS)?;
     link(&debian.disk, &folder.join("debian.img"))?;

@@ -8,6 +8,7 @@ use std::process::ExitCode;
 use anyhow::{Context as _, Result};
 use clap::{Parser, Subcommand};
 use godwit_tests::bench::boot::{self, Contestants};
+use godwit_tests::bench::migrate::real_guest;
 use godwit_tests::demo;
 use godwit_tests::place::Place;
 use godwit_tests::scenario::runner::{self, Setup};
@@ -69,6 +70,18 @@ enum Action {
         #[arg(long)]
         runs: usize,
     },
+    /// Has contenders move a Debian under load between two hosts made here, and prints JSON.
+    BenchRealGuest {
+        /// The godwit binary.
+        #[arg(long, env = "GODWIT")]
+        godwit: PathBuf,
+        /// The folder of guest images, beside that of the disks.
+        #[arg(long, env = "GODWIT_IMAGES")]
+        images: PathBuf,
+        /// The guest, the link and the contenders as JSON.
+        #[arg(long)]
+        heat: String,
+    },
     /// Runs the body of one scenario in this process, without limit or cleaning up.
     #[command(hide = true, name = runner::BODY)]
     Body { name: String, godwit: PathBuf, images: PathBuf, work: PathBuf },
@@ -114,6 +127,13 @@ fn act(action: Action) -> Result<bool> {
             for series in boot::linux(&contestants, &images, runs)? {
                 println!("{}", serde_json::to_string(&series)?);
             }
+            Ok(true)
+        }
+        Action::BenchRealGuest { godwit, images, heat } => {
+            let work = tempfile::tempdir().context("Cannot make a folder")?;
+            let heat = serde_json::from_str(&heat).context("That is no heat")?;
+            let told = real_guest::run(&Context { godwit, images, work: work.path().to_owned() }, &heat)?;
+            println!("{}", serde_json::to_string(&told)?);
             Ok(true)
         }
         Action::Body { name, godwit, images, work } => {

@@ -44,7 +44,7 @@ impl Journal {
         let cell_of = |contender: String| {
             let is_it = |cell: &&Cell| {
                 let whole = cell.why.is_none() && cell.n == heat.runs;
-                let guest = cell.guest == heat.guest.name && cell.contender == contender;
+                let guest = cell.guest == heat.guest.name() && cell.contender == contender;
                 whole && guest && (cell.part, cell.link) == (heat.part, heat.link)
             };
             self.known.iter().find(is_it).cloned()
@@ -77,7 +77,7 @@ mod tests {
         let cell = |contender: String| Cell {
             part: heat.part,
             link: heat.link,
-            guest: heat.guest.name.clone(),
+            guest: heat.guest.name(),
             contender,
             version: "v".to_owned(),
             machine: "m".to_owned(),

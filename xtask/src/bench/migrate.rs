@@ -1,4 +1,5 @@
-//! `cargo xtask bench migrate`: moves the micro guest on this host's KVM, by Godwit and by QEMU, and compares.
+//! `cargo xtask bench migrate`: moves the micro guest on this host's KVM, by Godwit and by QEMU, and a Debian under load in
+//! the nested lab, and compares.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -6,7 +7,8 @@ use std::process::ExitCode;
 use anyhow::{Context, Result};
 use clap::Args;
 use godwit_tests::bench::Figure;
-use godwit_tests::bench::migrate::cell::Part;
+use godwit_tests::bench::migrate::cell::{Guest, Heat, Part};
+use godwit_tests::bench::migrate::trip::Baggage;
 use godwit_tests::bench::migrate::{Bench, Cell, Programs, plan};
 use godwit_tests::interruption::clean_up_on_signals;
 use godwit_tests::place::kvm_works;
@@ -18,6 +20,7 @@ use super::journal::Journal;
 use super::promises::{Cells, rows};
 use super::{QEMU, contents, promise_table, results, word};
 use crate::packages;
+use crate::test::{debian_disks, scenario_images};
 use crate::workspace::{binaries, build, root};
 
 const IPERF: &str = "/usr/bin/iperf3";
@@ -61,20 +64,28 @@ pub(super) fn bench(options: &Options) -> Result<ExitCode> {
 }
 
 fn measure(options: &Options) -> Result<Vec<Cell>> {
+    let mut heats = plan::heats(options.quick);
+    heats.retain(|heat| options.part.is_empty() || options.part.contains(&heat.part));
+    let in_lab = |heat: &Heat| matches!(heat.guest, Guest::Debian(_));
     packages::ensure(&packages::for_migration_bench())?;
     build(&["--package", "vmm", "--bins"])?;
-    kvm_works().context("Nothing can be measured on this host")?;
+    if heats.iter().any(in_lab) {
+        packages::ensure(&packages::for_test())?;
+        build(&["--package", "verifier", "--package", "godwit-tests", "--bins"])?;
+    }
+    if !heats.iter().all(in_lab) {
+        kvm_works().context("Not all of it can be measured on this host")?;
+    }
     let kernel = Images::open(&root().join(DEFAULT_CACHE))?.micro()?;
     let programs = Programs { godwit: binaries()?.join("godwit"), qemu: QEMU.into(), iperf: IPERF.into(), kernel };
     let work = TempDir::with_prefix("godwit-bench-").context("Cannot make a folder for the bench")?;
     clean_up_on_signals(work.path().to_owned())?;
-    let bench = Bench::new(programs, contents()?, work.path());
-    let mut heats = plan::heats(options.quick);
-    heats.retain(|heat| options.part.is_empty() || options.part.contains(&heat.part));
+    let baggage = Baggage { binaries: binaries()?, images: scenario_images, debian: debian_disks };
+    let bench = Bench::new(programs, contents()?, baggage, work.path());
     let mut journal = options.results.as_ref().map(|folder| Journal::open(folder, options.resume)).transpose()?;
     let mut cells = Vec::new();
     for (index, heat) in heats.iter().enumerate() {
-        eprint!("{} of {}: {}, {}, {}", index + 1, heats.len(), word(&heat.part), heat.link, heat.guest.name);
+        eprint!("{} of {}: {}, {}, {}", index + 1, heats.len(), word(&heat.part), heat.link, heat.guest.name());
         let known = journal.as_ref().and_then(|journal| journal.cells_of(heat));
         eprintln!("{}", if known.is_some() { ": measured before" } else { "" });
         if let Some(known) = known {
@@ -92,7 +103,9 @@ fn measure(options: &Options) -> Result<Vec<Cell>> {
 
 /// Everything that was measured, for people.
 fn report(cells: &[Cell]) -> String {
-    let mut text = cells.first().map(|cell| format!("On {}:\n", cell.machine)).unwrap_or_default();
+    let mut machines: Vec<&str> = cells.iter().map(|cell| cell.machine.as_str()).collect();
+    machines.dedup();
+    let mut text: String = machines.iter().map(|machine| format!("On {machine}\n")).collect();
     let heads =
         ["question", "link", "guest", "contender", "n", "total ms", "downtime ms", "MB sent", "CPU s", "MB/s", "MiB"];
     let lines = cells.iter().map(|cell| {

@@ -33,7 +33,8 @@ pub(crate) struct Options {
 enum Bench {
     /// Boot times and resident memory beside QEMU, and the downtime of live migrations.
     Boot(boot::Options),
-    /// Migrations beside QEMU, codecs beside each other, the engine's memory, long ways, hand-overs within the host.
+    /// Migrations beside QEMU, codecs beside each other, the engine's memory, long ways, hand-overs within the host, and a
+    /// Debian under load in the lab.
     Migrate(migrate::Options),
 }
 

@@ -285,7 +285,7 @@ mod tests {
             let heats = plan::heats(quick);
             let all = heats.iter().flat_map(|heat| heat.contenders.iter().map(move |contender| (heat, contender)));
             let cells: Vec<Cell> = all
-                .map(|(heat, contender)| cell(heat.part, heat.link, &heat.guest.name, &contender.name(), &figures))
+                .map(|(heat, contender)| cell(heat.part, heat.link, &heat.guest.name(), &contender.name(), &figures))
                 .collect();
             for row in rows(&Cells(&cells)) {
                 assert_eq!(row.why, None, "{}", row.what);

@@ -12,7 +12,7 @@ use serde_json::Value;
 
 use super::cell::Link;
 use super::stage::{MOVE_WITHIN, Stage, WORK, await_work, text, verify};
-use super::usage::{Usage, Watch};
+use super::usage::Watch;
 use super::warmth::warm_up;
 use super::wire::End;
 use super::{Figures, per_second};
@@ -40,13 +40,16 @@ pub(super) fn migrate(stage: &Stage<'_>, options: &[String], turn: usize) -> Res
     sleep(WORK);
     warm_up(stage.guest, stage.link)?;
     let watch = Watch::begin([source.pid(), target.pid()])?;
-    let status = order(stage, &source, &target, options)?;
+    let here = Context { godwit: stage.programs.godwit.clone(), images: stage.work.clone(), work: stage.work.clone() };
+    let status = order(&here, &source, &target, options)?;
     let usage = watch.end()?;
     source.finish(MOVE_WITHIN)?.expect(0, "The guest has moved to")?;
     let downtime = silence::between(&mut departure, &mut arrival)?;
     verify(&mut arrival)?;
     target.end()?;
-    Ok(figures(&status, downtime, usage))
+    let mut figures = account(&status, downtime);
+    figures.extend([(Figure::CpuS, usage.cpu_s), (Figure::MemoryMib, usage.memory_mib)]);
+    Ok(figures)
 }
 
 fn boot(stage: &Stage<'_>, turn: usize) -> Result<(Godwit, Console)> {
@@ -61,15 +64,14 @@ fn boot(stage: &Stage<'_>, turn: usize) -> Result<(Godwit, Console)> {
     Ok((godwit, console))
 }
 
-/// Asks the source by the command line, and waits until it tells the end.
-fn order(stage: &Stage<'_>, source: &Godwit, target: &Godwit, options: &[String]) -> Result<MigrationStatus> {
+/// Asks the source by the command line, and waits until it tells the end. The command line talks to the source by its Unix
+/// socket, from wherever it is.
+pub(super) fn order(here: &Context, source: &Godwit, target: &Godwit, options: &[String]) -> Result<MigrationStatus> {
     let (api, to) = (text(&source.folder().join("api.sock")), target.address().to_string());
     let timeout = MOVE_WITHIN.as_secs().to_string();
     let mut words = vec!["migrate", "--json", "--api", &api, "--to", &to, "--timeout", &timeout];
     words.extend(options.iter().map(String::as_str));
-    // The command line talks to the source by its Unix socket, from wherever it is.
-    let here = Context { godwit: stage.programs.godwit.clone(), images: stage.work.clone(), work: stage.work.clone() };
-    let (ended, told) = call(&here, &words)?;
+    let (ended, told) = call(here, &words)?;
     if !ended.status.success() {
         bail!("{}", complaint(&ended.words).unwrap_or("godwit migrate failed without a word"));
     }
@@ -83,7 +85,8 @@ fn complaint(words: &str) -> Option<&str> {
     words.lines().map(str::trim).find(|line| !line.is_empty())
 }
 
-fn figures(status: &MigrationStatus, downtime: Duration, usage: Usage) -> Figures {
+/// What the source tells of a move, and the downtime that the guest saw.
+pub(super) fn account(status: &MigrationStatus, downtime: Duration) -> Figures {
     let total = Duration::from(status.total_ms);
     let progress = &status.progress;
     let bytes = progress.pages_sent.saturating_sub(progress.zero_pages) * PAGE;
@@ -91,9 +94,7 @@ fn figures(status: &MigrationStatus, downtime: Duration, usage: Usage) -> Figure
         (Figure::MigrationMs, total.as_secs_f64() * 1e3),
         (Figure::DowntimeMs, downtime.as_secs_f64() * 1e3),
         (Figure::LinkMb, per_second(progress.bytes_sent, Duration::from_secs(1))),
-        (Figure::CpuS, usage.cpu_s),
         (Figure::RateMbS, per_second(bytes, total)),
-        (Figure::MemoryMib, usage.memory_mib),
     ])
 }
 

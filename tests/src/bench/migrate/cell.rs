@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use super::load::Load;
 use crate::network::Rate;
 
 /// The question that a cell belongs to.
@@ -23,6 +24,8 @@ pub enum Part {
     Distance,
     /// How long is the downtime when the memory is handed over within the host?
     HandOver,
+    /// What does each codec gain on a Debian under load?
+    RealGuests,
 }
 
 /// What lies between the two ends.
@@ -120,8 +123,8 @@ impl fmt::Display for Link {
     }
 }
 
-/// What a guest's memory holds when it begins.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+/// What a micro guest's memory holds when it begins.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum Content {
     /// The beginning of a tar of this machine's libraries.
     Tar,
@@ -135,9 +138,38 @@ pub enum Content {
     Zero,
 }
 
+/// Who is moved.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Guest {
+    /// On this host's KVM, a fresh one in each turn.
+    Micro(Micro),
+    /// In the nested lab, the same one in all turns.
+    Debian(Debian),
+}
+
+impl Guest {
+    /// For people, and unique within a part.
+    pub fn name(&self) -> String {
+        match self {
+            Self::Micro(micro) => micro.name.clone(),
+            Self::Debian(Debian { load, memory_mib }) => format!("Debian, {memory_mib} MiB, {load}"),
+        }
+    }
+}
+
+/// A whole Debian under load.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Debian {
+    /// What it works on.
+    pub load: Load,
+    /// Its memory.
+    pub memory_mib: u64,
+}
+
 /// A micro guest.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Guest {
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Micro {
     /// For people, and unique within a part.
     pub name: String,
     /// Its memory.
@@ -149,7 +181,7 @@ pub struct Guest {
 }
 
 /// How QEMU moves a guest.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Variant {
     /// One stream of raw pages.
     Plain,
@@ -177,7 +209,7 @@ impl Variant {
 }
 
 /// Who takes a turn.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Contender {
     /// Godwit.
     Godwit {
@@ -210,7 +242,7 @@ impl Contender {
 }
 
 /// Contenders who take turns at the same guest over the same link, so that what else the machine does hits all of them.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Heat {
     /// The question.
     pub part: Part,

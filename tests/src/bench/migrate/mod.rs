@@ -1,20 +1,25 @@
 //! Migrations of the micro guest on this host's KVM: Godwit beside QEMU, the codecs beside each other, the engine's memory,
-//! and hand-overs of the memory itself.
+//! and hand-overs of the memory itself. And migrations of a Debian under load in the nested lab, by each codec.
 //!
 //! Called by `xtask` with the list in [`plan`]. Contenders take turns over the same guest, content and link. The whole time
 //! and the bytes are what each VMM reports of itself; the downtime is the gap in the guest's ticks, measured the same way
-//! for all of them ([`crate::silence`]); processor time and memory are read from `/proc` by `usage`. A contender that cannot
-//! take its turn says why and has no figures.
+//! for all of them ([`crate::silence`]); processor time and memory are read from `/proc` by `usage`, but in the lab, where
+//! to look would take much of a processor: there the time is what Godwit reports. A contender that cannot take its turn
+//! says why and has no figures.
 
 mod by_godwit;
 mod by_qemu;
 pub mod cell;
 pub mod content;
 mod distance;
+mod guest_shell;
+pub mod load;
 pub mod plan;
 mod qmp;
 mod random;
+pub mod real_guest;
 mod stage;
+pub mod trip;
 mod usage;
 mod warmth;
 mod wire;
@@ -28,14 +33,27 @@ use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
 use super::{Figure, Summary, machine};
-use cell::{Contender, Heat, Link, Part};
+use cell::{Contender, Guest, Heat, Link, Micro, Part};
 use content::Contents;
 pub use stage::Programs;
 use stage::Stage;
+use trip::Baggage;
 use wire::Wire;
 
 /// What one turn showed.
 type Figures = BTreeMap<Figure, f64>;
+
+/// The turns of one contender, or why one of them failed.
+type Outcome = Result<Vec<Figures>, String>;
+
+/// What is told of a heat.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Told {
+    /// The machine, in words.
+    machine: String,
+    /// Of each contender, in their order.
+    outcomes: Vec<Outcome>,
+}
 
 /// What one contender showed in all its turns at one guest over one link.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -73,36 +91,44 @@ impl Cell {
 pub struct Bench {
     programs: Programs,
     contents: Contents,
+    baggage: Baggage,
     work: PathBuf,
     machine: String,
 }
 
 impl Bench {
-    /// With contents that are kept in one folder, and an empty folder for everything else.
-    pub fn new(programs: Programs, contents: Contents, work: &Path) -> Self {
-        Self { programs, contents, work: work.to_owned(), machine: machine::describe() }
+    /// With contents that are kept in one folder, what goes into labs, and an empty folder for everything else.
+    pub fn new(programs: Programs, contents: Contents, baggage: Baggage, work: &Path) -> Self {
+        Self { programs, contents, baggage, work: work.to_owned(), machine: machine::describe() }
     }
 
     /// Has all contenders of a heat take their turns. `index` is the heat's own.
     pub fn run(&self, heat: &Heat, index: usize) -> Vec<Cell> {
-        let outcomes = match self.stage(heat, index) {
-            Ok(stage) => take_turns(heat, |contender, turn| take_turn(&stage, contender, turn)),
-            Err(error) => heat.contenders.iter().map(|_| Err(format!("{error:#}"))).collect(),
+        let told = match &heat.guest {
+            Guest::Micro(guest) => self.stage(heat, guest, index).map(|stage| {
+                let outcomes = take_turns(heat, |contender, turn| take_turn(&stage, contender, turn));
+                Told { machine: self.machine.clone(), outcomes }
+            }),
+            Guest::Debian(_) => trip::make(&self.baggage, heat),
         };
+        let Told { machine, outcomes } = told.unwrap_or_else(|error| {
+            let outcomes = heat.contenders.iter().map(|_| Err(format!("{error:#}"))).collect();
+            Told { machine: self.machine.clone(), outcomes }
+        });
         let cells = heat.contenders.iter().zip(outcomes);
-        cells.map(|(contender, outcome)| self.cell(heat, contender, outcome)).collect()
+        cells.map(|(contender, outcome)| self.cell(heat, contender, &machine, outcome)).collect()
     }
 
-    fn stage<'a>(&'a self, heat: &'a Heat, index: usize) -> Result<Stage<'a>> {
+    fn stage<'a>(&'a self, heat: &Heat, guest: &'a Micro, index: usize) -> Result<Stage<'a>> {
         let file = |(content, mib)| self.contents.file(content, mib);
-        let content = heat.guest.content.map(file).transpose()?;
+        let content = guest.content.map(file).transpose()?;
         let work = self.work.join(format!("heat-{index}"));
         std::fs::create_dir_all(&work)?;
         let wire = Wire::lay(heat.link)?;
-        Ok(Stage { programs: &self.programs, link: heat.link, wire, guest: &heat.guest, content, work })
+        Ok(Stage { programs: &self.programs, link: heat.link, wire, guest, content, work })
     }
 
-    fn cell(&self, heat: &Heat, contender: &Contender, outcome: Result<Vec<Figures>, String>) -> Cell {
+    fn cell(&self, heat: &Heat, contender: &Contender, machine: &str, outcome: Outcome) -> Cell {
         let (turns, why) = match outcome {
             Ok(turns) => (turns, None),
             Err(why) => (Vec::new(), Some(why)),
@@ -115,10 +141,10 @@ impl Bench {
         Cell {
             part: heat.part,
             link: heat.link,
-            guest: heat.guest.name.clone(),
+            guest: heat.guest.name(),
             contender: contender.name(),
             version: version(program).unwrap_or_else(|error| format!("{error:#}")),
-            machine: self.machine.clone(),
+            machine: machine.to_owned(),
             n: turns.len(),
             figures: sum_up(&turns),
             why,
@@ -126,9 +152,9 @@ impl Bench {
     }
 }
 
-/// The turns of each contender, in their order, or why one of them failed; no more turns are taken after that.
-fn take_turns(heat: &Heat, take: impl Fn(&Contender, usize) -> Result<Figures>) -> Vec<Result<Vec<Figures>, String>> {
-    let mut outcomes: Vec<Result<Vec<Figures>, String>> = heat.contenders.iter().map(|_| Ok(Vec::new())).collect();
+/// Has each contender take its turns; after one that failed it takes no more.
+fn take_turns(heat: &Heat, mut take: impl FnMut(&Contender, usize) -> Result<Figures>) -> Vec<Outcome> {
+    let mut outcomes: Vec<Outcome> = heat.contenders.iter().map(|_| Ok(Vec::new())).collect();
     let mut turn = 0;
     for _ in 0..heat.runs {
         for (contender, outcome) in heat.contenders.iter().zip(&mut outcomes) {
@@ -183,7 +209,7 @@ mod tests {
     #[test]
     fn turns_alternate_and_a_failure_ends_ones_own() {
         let contenders = vec![Contender::godwit("a", ""), Contender::Iperf];
-        let guest = Guest { name: "g".to_owned(), memory_mib: 64, content: None, words: String::new() };
+        let guest = Guest::Micro(Micro { name: "g".to_owned(), memory_mib: 64, content: None, words: String::new() });
         let heat = Heat { part: Part::Codecs, link: Link::Loopback, guest, contenders, runs: 3 };
         let order = std::cell::RefCell::new(Vec::new());
         let outcomes = take_turns(&heat, |contender, turn| {

@@ -1,6 +1,7 @@
 //! The list of what is measured: all of it, or so much that every promise has its figure within minutes.
 
-use super::cell::{Contender, Content, Guest, Heat, Link, Part, Variant};
+use super::cell::{Contender, Content, Debian, Guest, Heat, Link, Micro, Part, Variant};
+use super::load::Load;
 
 /// The goal for the downtime of all contenders, in milliseconds.
 pub(super) const MAX_DOWNTIME_MS: u32 = 20;
@@ -35,7 +36,9 @@ const SLOW_WORKING_SETS: [(u64, u64); 2] = [(0, 0), (64, 1000)];
 
 /// Everything, or what the promises need.
 pub fn heats(quick: bool) -> Vec<Heat> {
-    [against_qemu(quick), codecs(quick), distance(quick), vec![engine_memory(quick)], hand_over(quick)].concat()
+    let promised = [against_qemu(quick), codecs(quick), distance(quick), vec![engine_memory(quick)], hand_over(quick)];
+    let beside = if quick { Vec::new() } else { real_guests() };
+    [promised.concat(), beside].concat()
 }
 
 fn godwit(name: &str, options: &str) -> Contender {
@@ -51,13 +54,13 @@ fn against_qemu(quick: bool) -> Vec<Heat> {
             (_, 0) => "unlimited".to_owned(),
             (_, rate) => format!("{rate} pages/s"),
         };
-        let guest = Guest {
+        let guest = Micro {
             name: format!("1 GiB, 512 MiB of tar, working set {mib} MiB, {writes}"),
             memory_mib: 1024,
             content: Some((Content::Tar, 512)),
             words: format!("ws={mib}M rate={rate} tick=1"),
         };
-        Heat { part: Part::AgainstQemu, link, guest, contenders: contenders.clone(), runs }
+        Heat { part: Part::AgainstQemu, link, guest: Guest::Micro(guest), contenders: contenders.clone(), runs }
     };
     if quick {
         return vec![heat(Link::Loopback, MAIN, 3)];
@@ -68,8 +71,8 @@ fn against_qemu(quick: bool) -> Vec<Heat> {
 }
 
 /// A guest of the matrix: what it is called and how it works on which content.
-fn matrix_guests(mib: u64) -> Vec<Guest> {
-    let guest = |name: &str, content, mib: u64, words: &str| Guest {
+fn matrix_guests(mib: u64) -> Vec<Micro> {
+    let guest = |name: &str, content, mib: u64, words: &str| Micro {
         name: format!("{name}, {mib} MiB"),
         memory_mib: mib + 64,
         content: Some((content, mib)),
@@ -87,8 +90,8 @@ fn matrix_guests(mib: u64) -> Vec<Guest> {
 
 /// It writes not far below what 1 Gbit/s carries as whole pages, so that they take many rounds, but not more rounds than
 /// there may be. Ticks at each millisecond would take too much of the guest's time for that.
-fn partial_update() -> Guest {
-    Guest {
+fn partial_update() -> Micro {
+    Micro {
         name: format!("partial update, {PARTIAL_MIB} MiB"),
         memory_mib: PARTIAL_MIB + 64,
         content: Some((Content::Random, PARTIAL_MIB)),
@@ -102,7 +105,8 @@ fn codecs(quick: bool) -> Vec<Heat> {
     let named = |wanted: &[&str]| -> Vec<Contender> {
         CODECS.iter().filter(|(name, _)| wanted.contains(name)).map(contender).collect()
     };
-    let heat = |link, guest, contenders, runs| Heat { part: Part::Codecs, link, guest, contenders, runs };
+    let heat =
+        |link, guest, contenders, runs| Heat { part: Part::Codecs, link, guest: Guest::Micro(guest), contenders, runs };
     if !quick {
         let links = [Link::Gigabit, Link::TenGigabit, Link::Loopback].into_iter();
         return links
@@ -110,9 +114,9 @@ fn codecs(quick: bool) -> Vec<Heat> {
             .map(|(link, guest)| heat(link, guest, all.clone(), 5))
             .collect();
     }
-    let starts_with = |name: &'static str| move |guest: &Guest| guest.name.starts_with(name);
-    let others = |guest: &Guest| !starts_with("partial")(guest);
-    let guests: Vec<Guest> = matrix_guests(MATRIX_MIB[0]).into_iter().filter(others).collect();
+    let starts_with = |name: &'static str| move |guest: &Micro| guest.name.starts_with(name);
+    let others = |guest: &Micro| !starts_with("partial")(guest);
+    let guests: Vec<Micro> = matrix_guests(MATRIX_MIB[0]).into_iter().filter(others).collect();
     let by_all = guests.iter().filter(|guest| !starts_with("twin")(guest));
     let mut heats: Vec<Heat> = by_all.map(|guest| heat(Link::Gigabit, guest.clone(), all.clone(), 3)).collect();
     // The more of them there are, the less it matters that a move takes some time in any case.
@@ -126,14 +130,20 @@ fn codecs(quick: bool) -> Vec<Heat> {
 
 /// Nothing but a little is written in so much memory; what the engine keeps per page would show.
 fn engine_memory(quick: bool) -> Heat {
-    let guest = Guest {
+    let guest = Micro {
         name: "16 GiB, sparse".to_owned(),
         memory_mib: 16 << 10,
         content: Some((Content::Tar, 128)),
         words: "ws=64M rate=10000 tick=1".to_owned(),
     };
     let contenders = vec![godwit("default", &format!("--delta-cache {ENGINE_CACHE_MIB}M"))];
-    Heat { part: Part::EngineMemory, link: Link::Loopback, guest, contenders, runs: if quick { 1 } else { 3 } }
+    Heat {
+        part: Part::EngineMemory,
+        link: Link::Loopback,
+        guest: Guest::Micro(guest),
+        contenders,
+        runs: if quick { 1 } else { 3 },
+    }
 }
 
 /// So many MiB that the round trips at begin and end do not count for much; and what takes one stream that loses frames as
@@ -144,13 +154,13 @@ const SMALL: u64 = 24;
 /// Nothing that a codec makes shorter: what counts is how much of the link is used.
 fn distance(quick: bool) -> Vec<Heat> {
     let heat = |link, mib: u64, contenders, runs| {
-        let guest = Guest {
+        let guest = Micro {
             name: format!("random, {mib} MiB"),
             memory_mib: mib + 64,
             content: Some((Content::Random, mib)),
             words: "ws=0 tick=1".to_owned(),
         };
-        Heat { part: Part::Distance, link, guest, contenders, runs }
+        Heat { part: Part::Distance, link, guest: Guest::Micro(guest), contenders, runs }
     };
     let alone = || vec![godwit("default", "")];
     // By the way most hosts react to a loss.
@@ -169,16 +179,41 @@ fn distance(quick: bool) -> Vec<Heat> {
 fn hand_over(quick: bool) -> Vec<Heat> {
     let heat = |memory_mib: u64| {
         // Of both the same share is backed.
-        let guest = Guest {
+        let guest = Micro {
             name: format!("{memory_mib} MiB"),
             memory_mib,
             content: Some((Content::Tar, memory_mib / 8)),
             words: "ws=64M rate=1000 tick=1".to_owned(),
         };
         let contenders = vec![godwit("memory passed", "--memory pass")];
-        Heat { part: Part::HandOver, link: Link::UnixSocket, guest, contenders, runs: if quick { 3 } else { 9 } }
+        Heat {
+            part: Part::HandOver,
+            link: Link::UnixSocket,
+            guest: Guest::Micro(guest),
+            contenders,
+            runs: if quick { 3 } else { 9 },
+        }
     };
     vec![heat(4096), heat(512)]
+}
+
+/// Memory of a real guest: Debian with its daemons and each of the loads fits, with little room to keep files in.
+const REAL_MIB: u64 = 192;
+
+/// Emulated processors pack 15 to 30 MB/s, with all else that they do. So they outrun this link as real ones do 1 Gbit/s; at
+/// 200 Mbit/s packing takes as long as it saves. What a guest that works dirties does not go over it in 20 ms: the goal is a
+/// downtime that such a guest can have.
+fn real_guests() -> Vec<Heat> {
+    let contender = |(name, options)| Contender::godwit(name, &format!("--max-downtime 300 {options}"));
+    let contenders = CODECS.map(contender).to_vec();
+    let heat = |load| Heat {
+        part: Part::RealGuests,
+        link: Link::HundredMegabit,
+        guest: Guest::Debian(Debian { load, memory_mib: REAL_MIB }),
+        contenders: contenders.clone(),
+        runs: 3,
+    };
+    Load::ALL.map(heat).to_vec()
 }
 
 #[cfg(test)]
@@ -194,18 +229,38 @@ mod tests {
             let mut cells = BTreeSet::new();
             for heat in &heats {
                 for contender in &heat.contenders {
-                    let cell = (heat.part, heat.link, heat.guest.name.clone(), contender.name());
+                    let cell = (heat.part, heat.link, heat.guest.name(), contender.name());
                     assert!(cells.insert(cell.clone()), "{cell:?}");
                 }
-                let content = heat.guest.content.map_or(0, |(_, mib)| mib);
-                assert!(content + 64 <= heat.guest.memory_mib && heat.runs > 0, "{heat:?}");
+                let fits = match &heat.guest {
+                    Guest::Micro(guest) => guest.content.map_or(0, |(_, mib)| mib) + 64 <= guest.memory_mib,
+                    Guest::Debian(guest) => guest.memory_mib >= 128,
+                };
+                assert!(fits && heat.runs > 0, "{heat:?}");
             }
         }
     }
 
     #[test]
-    fn the_quick_list_is_part_of_the_questions() {
+    fn the_quick_list_asks_all_questions_but_of_real_guests() {
         let parts = |quick| heats(quick).iter().map(|heat| heat.part).collect::<BTreeSet<_>>();
-        assert_eq!(parts(true), parts(false));
+        let mut promised = parts(false);
+        assert!(promised.remove(&Part::RealGuests));
+        assert_eq!(parts(true), promised);
+    }
+
+    #[test]
+    fn real_guests_are_moved_by_all_codecs_in_the_lab() {
+        let all = heats(false);
+        let real: Vec<&Heat> = all.iter().filter(|heat| heat.part == Part::RealGuests).collect();
+        assert_eq!(real.len(), Load::ALL.len());
+        for heat in real {
+            assert!(matches!(heat.guest, Guest::Debian(_)) && heat.link.rate().is_some(), "{heat:?}");
+            let names: Vec<String> = heat.contenders.iter().map(Contender::name).collect();
+            assert_eq!(names, CODECS.map(|(name, _)| format!("godwit {name}")));
+            // It is told to the lab as JSON.
+            let text = serde_json::to_string(heat).unwrap();
+            assert_eq!(&serde_json::from_str::<Heat>(&text).unwrap(), heat);
+        }
     }
 }

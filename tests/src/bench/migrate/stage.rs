@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::{Result, bail};
 use guest_images::micro::Line;
 
-use super::cell::{Guest, Link};
+use super::cell::{Link, Micro};
 use super::wire::{End, Wire};
 use crate::console::Console;
 use crate::scenario::Context;
@@ -37,7 +37,7 @@ pub(super) struct Stage<'a> {
     pub(super) programs: &'a Programs,
     pub(super) link: Link,
     pub(super) wire: Wire,
-    pub(super) guest: &'a Guest,
+    pub(super) guest: &'a Micro,
     /// The guest's initrd.
     pub(super) content: Option<PathBuf>,
     /// A folder of the heat's own.

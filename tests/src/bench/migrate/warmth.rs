@@ -8,7 +8,7 @@ use std::io;
 
 use memmap2::{Advice, MmapMut};
 
-use super::cell::{Content, Guest, Link};
+use super::cell::{Content, Link, Micro};
 
 /// What a VMM takes beside the content, for working sets and for itself, in MiB.
 const BESIDE_MIB: u64 = 128;
@@ -24,7 +24,7 @@ const PAGE: usize = 4096;
 ///
 /// # Errors
 /// If the machine has not so much memory.
-pub(super) fn warm_up(guest: &Guest, link: Link) -> io::Result<()> {
+pub(super) fn warm_up(guest: &Micro, link: Link) -> io::Result<()> {
     if is_slow(link) && !may_be_short(guest) {
         return Ok(());
     }
@@ -48,6 +48,6 @@ fn is_slow(link: Link) -> bool {
 }
 
 /// Whether the guest's pages may be next to nothing on the link.
-fn may_be_short(guest: &Guest) -> bool {
+fn may_be_short(guest: &Micro) -> bool {
     matches!(guest.content, Some((Content::Zero | Content::Colour | Content::Twin, _)))
 }
