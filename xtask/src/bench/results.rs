@@ -108,7 +108,8 @@ fn markdown(cells: &[Cell], rows: &[Row], plots: &[(Part, Link, String)]) -> Str
         "# Migrations\n\nMade by `cargo xtask bench migrate --results DIR` on {}, with {}.\n\
          Medians of alternating turns. Total time and bytes are each VMM's own account, the downtime is the longest gap in the \
          guest's ticks of 1 ms, or 20 ms in the lab, the processor time is that of both ends without vCPUs. All guests are \
-         micro guests but those in the lab.\n",
+         micro guests but those in the lab. Those that write nothing run at idle priority: they look at their clock where \
+         others would halt.\n",
         unique(|cell| &cell.machine).join("; "),
         unique(|cell| &cell.version).join(", "),
     );

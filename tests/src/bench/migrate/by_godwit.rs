@@ -11,6 +11,7 @@ use control::{MigrationState, MigrationStatus};
 use serde_json::Value;
 
 use super::cell::Link;
+use super::idleness::let_idle;
 use super::stage::{MOVE_WITHIN, Stage, WORK, await_work, text, verify};
 use super::usage::Watch;
 use super::warmth::warm_up;
@@ -61,6 +62,7 @@ fn boot(stage: &Stage<'_>, turn: usize) -> Result<(Godwit, Console)> {
     let godwit = Godwit::run(&stage.godwit(End::Source, turn)?, "source", &options)?;
     let mut console = godwit.console()?;
     await_work(&mut console)?;
+    let_idle(stage.guest, godwit.pid())?;
     Ok((godwit, console))
 }
 

@@ -12,6 +12,7 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 
 use super::cell::Variant;
+use super::idleness::let_idle;
 use super::plan::{MAX_DOWNTIME_MS, MAX_ROUNDS};
 use super::stage::{BOOT_WITHIN, MOVE_WITHIN, Stage, WORK, await_work, text, verify};
 use super::usage::{Usage, Watch};
@@ -41,6 +42,7 @@ pub(super) fn migrate(stage: &Stage<'_>, variant: Variant, turn: usize) -> Resul
     let source = Qemu::start(stage, End::Source, turn)?;
     let mut departure = source.console()?;
     await_work(&mut departure)?;
+    let_idle(stage.guest, source.child.id())?;
     let target = Qemu::start(stage, End::Target, turn)?;
     let mut arrival = target.console()?;
     let (mut here, mut there) = (source.qmp()?, target.qmp()?);

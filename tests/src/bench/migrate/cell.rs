@@ -180,6 +180,13 @@ pub struct Micro {
     pub words: String,
 }
 
+impl Micro {
+    /// Whether it has nothing to do but to tell the time.
+    pub(super) fn is_idle(&self) -> bool {
+        self.words.split(' ').any(|word| word == "ws=0")
+    }
+}
+
 /// How QEMU moves a guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Variant {
@@ -259,6 +266,13 @@ pub struct Heat {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn guests_that_write_nothing_are_idle() {
+        let guest = |words: &str| Micro { name: String::new(), memory_mib: 64, content: None, words: words.to_owned() };
+        assert!(guest("ws=0 tick=1").is_idle() && guest("tick=1 ws=0").is_idle());
+        assert!(!guest("over ws=64M tick=1").is_idle() && !guest("").is_idle());
+    }
 
     #[test]
     fn links_have_one_name() {

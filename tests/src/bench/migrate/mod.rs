@@ -13,6 +13,7 @@ pub mod cell;
 pub mod content;
 mod distance;
 mod guest_shell;
+mod idleness;
 pub mod load;
 pub mod plan;
 mod qmp;

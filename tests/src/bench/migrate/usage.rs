@@ -90,12 +90,7 @@ impl Seen {
         };
         let kib = fs::read_to_string(format!("{own}/status")).map_or(0, |status| own_kib(&status));
         self.most_kib = self.most_kib.max(kib);
-        for entry in fs::read_dir(format!("{own}/task")).into_iter().flatten().flatten() {
-            let thread = fs::read_to_string(entry.path().join("stat")).ok().and_then(|stat| Stat::parse(&stat));
-            if let Some(thread) = thread.filter(Stat::is_vcpu) {
-                self.last.vcpus.insert(thread.id, thread.ticks);
-            }
-        }
+        self.last.vcpus.extend(vcpus(self.pid).map(|thread| (thread.id, thread.ticks)));
         self.last.process = process.ticks;
     }
 
@@ -104,6 +99,17 @@ impl Seen {
         let passed = self.last.process.saturating_sub(self.first.process);
         passed.saturating_sub(vcpus(&self.last).saturating_sub(vcpus(&self.first)))
     }
+}
+
+/// The threads of a VMM that are vCPUs.
+pub(super) fn vcpu_threads(pid: u32) -> Vec<u32> {
+    vcpus(pid).map(|thread| thread.id).collect()
+}
+
+fn vcpus(pid: u32) -> impl Iterator<Item = Stat> {
+    let threads = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    let stat = |thread: fs::DirEntry| Stat::parse(&fs::read_to_string(thread.path().join("stat")).ok()?);
+    threads.filter_map(stat).filter(Stat::is_vcpu)
 }
 
 /// The beginning of `/proc/PID/stat`, of a process or a thread.
