@@ -18,12 +18,15 @@ struct Content {
     twins: f64,
     partial: f64,
     runs: f64,
+    /// How long it takes to look for an equal page.
+    digest: f64,
     /// What LZ4 and Zstandard leave of the others, and how long each packs a byte.
     lz4: (f64, f64),
     zstd: (f64, f64),
 }
 
-const NOISE: Content = Content { twins: 0.0, partial: 0.0, runs: 0.0, lz4: (1.0, 0.3e-9), zstd: (1.0, 0.9e-9) };
+const NOISE: Content =
+    Content { twins: 0.0, partial: 0.0, runs: 0.0, digest: 0.9e-6, lz4: (1.0, 0.3e-9), zstd: (1.0, 0.9e-9) };
 /// The beginning of a tar of libraries.
 const TAR: Content = Content { lz4: (0.53, 2.2e-9), zstd: (0.42, 3.4e-9), ..NOISE };
 
@@ -110,7 +113,7 @@ impl Scene {
             rle_bytes = take(content.runs, 0.45e-6, 64.0, PageCode::Rle);
         }
         if codecs.dedup {
-            take(content.twins, 0.9e-6, 8.0, PageCode::Copy);
+            take(content.twins, content.digest, 8.0, PageCode::Copy);
         }
         let raw = codecs.leave_raw();
         counts.add(if raw { PageCode::Raw } else { PageCode::Plain }, whole(rest));
@@ -251,6 +254,20 @@ fn twins_are_found() {
     let twins = Content { twins: 15.0 / 16.0, ..NOISE };
     assert!((0..200).all(|_| scene.frame(twins, wire(GIGABIT)).dedup));
     assert!(scene.last < 4096.0 / 14.0, "{} bytes a page", scene.last);
+}
+
+/// An emulated processor digests a page in a millisecond, and does all else not much more slowly than others.
+#[test]
+fn what_a_processor_is_slow_at_is_left_out() {
+    for content in [NOISE, TAR, Content { partial: 0.5, runs: 0.3, ..NOISE }] {
+        let (mut scene, slow) = (scene(terms()), Content { digest: 900e-6, ..content });
+        let mut looked_for = 0;
+        for _ in 0..4 {
+            looked_for += (0..300).filter(|_| scene.frame(slow, wire(GIGABIT / 10.0)).dedup).count();
+            scene.next_round();
+        }
+        assert!(looked_for <= 24, "in {looked_for} of 1200 frames, of {content:?}");
+    }
 }
 
 #[test]

@@ -1,7 +1,9 @@
 //! What the codecs cost and gain on the pages seen lately, for [`Policy`](super::Policy).
 //!
 //! What a codec gains is counted. What packing costs is measured, a block at a time. What the other codecs cost is measured
-//! for all that are on together, a frame at a time, and shared out as their costs are to each other on usual machines.
+//! for all that are on together, a frame at a time, and shared out as their costs are to each other on usual machines. Where
+//! that is far from the truth, what the combination has cost is believed: an emulated processor, or one that lacks an
+//! instruction, may take a thousand times as long to digest a page and hardly longer to copy it.
 
 use super::Measured;
 use crate::codec::Codecs;
@@ -27,6 +29,9 @@ const SEND: f64 = 0.25e-9;
 /// How much slower or faster than that machine another one is taken to be at most: the first pages also pay for memory that
 /// the host has to find.
 const PACE: (f64, f64) = (0.25, 2.0);
+
+/// A combination of codecs that costs so many times what it should costs what was measured.
+const FAR_OFF: f64 = 4.0;
 
 /// A host is taken to be crowded by no more than this factor.
 const CROWDED: f64 = 2.0;
@@ -57,7 +62,8 @@ const SHORT_STAY: u64 = 64;
 /// trials: memory has stretches that pack and others that do not, and one frame may be of the latter.
 const BENEFIT_OF_DOUBT: (f64, f64) = (512.0, 128.0);
 
-/// Frames after which another packing than the one in use is judged by the latter.
+/// Frames after which another packing than the one in use is judged by the latter, and a combination of codecs as on a usual
+/// machine.
 const STALE: u64 = 256;
 
 /// An average of which the older half counts half as much, the older half of the rest half of that, and so on.
@@ -169,6 +175,23 @@ struct Packed {
     at: u64,
 }
 
+/// What pages cost with one combination of codecs.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+struct Cost {
+    /// Seconds of processor time.
+    page: Recent,
+    /// The frame in which it was last measured.
+    at: u64,
+}
+
+/// The codecs of single pages that are on, as bits.
+fn combination(codecs: &Codecs) -> usize {
+    [codecs.rle, codecs.delta, codecs.dedup].into_iter().fold(0, |bits, on| bits << 1 | usize::from(on))
+}
+
+/// How many combinations there are.
+const COMBINATIONS: usize = 8;
+
 /// Cost and gain of all codecs.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Work {
@@ -188,6 +211,8 @@ pub(super) struct Work {
     /// Processor time of pages, and what it would have been on a usual machine.
     spent: Recent,
     usual: Recent,
+    /// By [`combination`].
+    costs: [Cost; COMBINATIONS],
     /// Seconds of processor time of sending, and bytes.
     send: Recent,
     /// Pages of the rounds before of which copies were kept, and all.
@@ -210,6 +235,7 @@ impl Work {
             cpu: Recent::default(),
             spent: Recent::default(),
             usual: Recent::default(),
+            costs: [Cost::default(); COMBINATIONS],
             send: Recent::default(),
             kept: 0,
             seen: 0,
@@ -289,6 +315,12 @@ impl Work {
             let weight = real(pages.all()) / 8.0;
             self.spent.add(measured.pages_cpu.as_secs_f64(), weight);
             self.usual.add(usual, weight);
+            let cost = &mut self.costs[combination(codecs)];
+            if self.frame > cost.at + STALE {
+                cost.page = Recent::default();
+            }
+            cost.page.add(measured.pages_cpu.as_secs_f64(), real(all));
+            cost.at = self.frame;
         }
         let weight = real(pages.all() - pages.zero);
         self.time.add(measured.between.as_secs_f64(), weight);
@@ -373,7 +405,12 @@ impl Work {
             + when(codecs.dedup, to_dedup * DEDUP)
             + when(codecs.rle, to_rle * RLE)
             + when(!codecs.leave_raw(), plain * PLAIN);
-        usual * self.pace()
+        let expected = usual * self.pace();
+        // More codecs do not cost less than some of them.
+        let bits = combination(codecs);
+        let parts = (0..COMBINATIONS).filter(|part| part & bits == *part).map(|part| self.costs[part]);
+        let lately = parts.filter(|cost| self.frame <= cost.at + STALE).filter_map(|cost| cost.page.mean());
+        lately.filter(|cost| *cost > expected * FAR_OFF).fold(expected, f64::max)
     }
 
     /// How long this machine takes for what takes a usual one a second.
