@@ -1,5 +1,5 @@
 //! One stream's part in sending pages: it asks how to make a frame, fills it out of the ledger, sends it, and where the codecs
-//! are chosen by measurement tells the policy what became of it.
+//! are chosen by measurement tells the policy what became of it. A log at level trace has the same of every frame.
 
 use super::error::SourceError;
 use super::streams::Streams;
@@ -111,7 +111,7 @@ impl<'a> Sender<'a> {
             measured.queued_after = sent.queued;
             self.last = Some(sent);
         }
-        streams.note(&codecs, &measured);
+        streams.note(round, &codecs, &measured);
         Ok(true)
     }
 }

@@ -132,9 +132,9 @@ impl Streams {
         self.history.get_or_init(|| History::new(delta_cache, pages_per_region));
     }
 
-    /// Whether the codecs are chosen by measurement.
+    /// Whether frames are measured: to choose codecs, or to tell people of each.
     pub(super) fn measures(&self) -> bool {
-        matches!(self.codecs, Chooser::Policy(_))
+        matches!(self.codecs, Chooser::Policy(_)) || tracing::enabled!(tracing::Level::TRACE)
     }
 
     /// How the next frame is to be made.
@@ -145,13 +145,12 @@ impl Streams {
         }
     }
 
-    /// Takes in what became of a frame.
-    pub(super) fn note(&self, codecs: &Codecs, measured: &Measured) {
+    /// Takes in what became of a frame of a round.
+    pub(super) fn note(&self, round: u32, codecs: &Codecs, measured: &Measured) {
         if let Chooser::Policy(policy) = &self.codecs {
-            let mut policy = lock(policy);
-            policy.note(codecs, measured);
-            tracing::trace!(?codecs, ?measured, chosen = ?policy.chosen(), "frame");
+            lock(policy).note(codecs, measured);
         }
+        tracing::trace!(round, ?codecs, ?measured, chosen = ?self.chosen(), "frame");
     }
 
     /// What most pages of the round under way went by, and why.
