@@ -19,6 +19,10 @@ const WAITED: (f64, f64) = (1.5, 20e-6);
 /// Frames after a change between packed and unpacked ones until only frames of the new kind are measured.
 const SETTLED: u32 = 4;
 
+/// Frames until what was compared once is compared again: one of the two may have been measured in a bad moment. It is
+/// asked ever more rarely.
+const COMPARED: (u32, u32) = (16, 1024);
+
 /// A link whose rate changes by more than this factor is another link.
 const ANOTHER: f64 = 1.5;
 
@@ -31,8 +35,9 @@ const BEGINNING: (f64, f64) = (3e6, 25e-3);
 /// What is known of a kind of frames that was not sent lately counts for so many seconds.
 const LITTLE: f64 = 100e-6;
 
-/// Seconds over which the least that a link takes is looked at.
-const WINDOW: f64 = 10e-3;
+/// Bytes and seconds over which the least that a link takes is looked at: shapers let bursts through, of some milliseconds of
+/// the link's rate or of some packets, whichever is more. Over a shorter time a burst would be most of what is seen.
+const WINDOW: (f64, f64) = (3e6, 50e-3);
 
 /// Frames of fewer bytes show nothing.
 const TOO_SMALL: u64 = 64 << 10;
@@ -50,6 +55,8 @@ pub(super) struct LinkRate {
     other: Option<Other>,
     buffer: f64,
     unblocked: u32,
+    /// How long the next comparison counts.
+    compared: u32,
     /// Bytes that were received in the latest seconds that were spent on frames.
     observed: (f64, f64),
     /// Bytes and seconds of all frames, and whether that was enough to know the link.
@@ -62,6 +69,8 @@ pub(super) struct LinkRate {
 struct Other {
     rate: f64,
     beside: Option<f64>,
+    /// Frames since then.
+    age: u32,
 }
 
 impl LinkRate {
@@ -74,6 +83,7 @@ impl LinkRate {
             other: None,
             buffer: 0.0,
             unblocked: 0,
+            compared: COMPARED.0,
             observed: (0.0, 0.0),
             begun: (0.0, 0.0),
             known: false,
@@ -141,11 +151,11 @@ impl LinkRate {
         self.buffer = (queued - on_its_way).max(self.buffer * BUFFER_KEEP).max(0.0);
     }
 
-    /// What was received within a time is what the link takes at least. The time must be long: shapers let bursts through.
+    /// What was received within a time is what the link takes at least.
     fn at_least(&mut self, bytes: f64, seconds: f64) {
         self.observed.0 += bytes;
         self.observed.1 += seconds;
-        if self.observed.1 > WINDOW {
+        if self.observed.0 > WINDOW.0 && self.observed.1 > WINDOW.1 {
             self.look_back();
         }
     }
@@ -153,7 +163,7 @@ impl LinkRate {
     /// Raises the rate to what was received lately, if that is more, and begins to look anew.
     pub(super) fn look_back(&mut self) {
         let (bytes, seconds) = std::mem::take(&mut self.observed);
-        if seconds > LONG_ENOUGH && self.present().is_none_or(|rate| bytes / seconds > rate) {
+        if bytes > WINDOW.0 && seconds > LONG_ENOUGH && self.present().is_none_or(|rate| bytes / seconds > rate) {
             (self.bytes, self.seconds) = (bytes.max(1.0), seconds);
         }
     }
@@ -162,7 +172,7 @@ impl LinkRate {
     fn change(&mut self) {
         let next = self.of(!self.packed);
         let before = self.present().filter(|_| self.settled == SETTLED);
-        self.other = before.map(|rate| Other { rate, beside: None });
+        self.other = before.map(|rate| Other { rate, beside: None, age: 0 });
         self.packed = !self.packed;
         self.settled = 0;
         // What is known of the new kind counts as much as one frame.
@@ -177,8 +187,11 @@ impl LinkRate {
             return;
         };
         let beside = *other.beside.get_or_insert(present);
+        other.age += 1;
         if (present / beside).max(beside / present) > ANOTHER {
             self.other = None;
+        } else if !self.packed && other.age > self.compared {
+            (self.other, self.compared) = (None, (self.compared * 2).min(COMPARED.1));
         }
     }
 }
