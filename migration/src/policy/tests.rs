@@ -4,6 +4,8 @@
 use super::*;
 use crate::codec::PageCode;
 
+mod recorded;
+
 const GIGABIT: f64 = 0.117e9;
 const TEN_GIGABIT: f64 = 1.17e9;
 const LOOPBACK: f64 = 2.4e9;
