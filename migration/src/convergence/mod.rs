@@ -122,7 +122,7 @@ pub struct Stats<'a> {
     pub stalled_rounds: u32,
     /// Rounds that were sent although the goal held.
     pub cheap_rounds: u32,
-    /// The share of its time that is taken from the guest, 0 to [`MOST_SHARE`](crate::throttling::MOST_SHARE).
+    /// The share of its time that is taken from the guest, 0 to [`MOST_SHARE`].
     pub throttle: f64,
 }
 

@@ -4,7 +4,7 @@
 //! ([`Policy::choose`]) and tells it what became of the frame ([`Policy::note`]). From that it keeps three accounts:
 //! - [`link`]: how fast the link takes the bytes of one stream while the stream waits for it, and how many it buffers;
 //! - [`work`]: what each codec costs in processor time and gains in bytes on the pages seen lately;
-//! - [`forecast`]: what the next pages would take under each combination of codecs; the best one is chosen.
+//! - [`mod@forecast`]: what the next pages would take under each combination of codecs; the best one is chosen.
 //!
 //! A codec that was not tried yet is believed to be as good as it usually is, and so is tried where that would pay: on a
 //! slow link at once, on a fast one in a short frame, on a link that takes raw pages faster than it could ever work not at

@@ -92,7 +92,7 @@ impl<M: GuestPages> Filling<M> {
         self.intake.take(records, &mut self.share)
     }
 
-    /// The first stream has ended a round, and the source says what all of them brought. [`round_done`](Self::round_done)
+    /// The first stream has ended a round, and the source says what all of them brought. [`AwaitStreams::round_done`]
     /// is due when the others have ended it, too.
     pub(super) fn round_end(mut self: Box<Self>, end: RoundEnd) -> Result<AwaitStreams<M>, Fault> {
         if self.incoming.rounds.len() >= MAX_ROUNDS {

@@ -2,7 +2,7 @@
 //!
 //! Saved are the registers that KVM lists as guest state (KVM_GET_MSR_INDEX_LIST), the paravirtual ones and the MTRRs,
 //! which older KVMs do not list; not those of [`LEFT_OUT`], each for its reason. On restore a register that KVM does not
-//! take is an error that names it, unless the guest cannot tell the difference ([`write`]).
+//! take is an error that names it, unless the guest cannot tell the difference ([`write()`]).
 
 use super::tsc::TSC_MSR;
 use super::vcpu::VcpuStateError;

@@ -3,6 +3,7 @@
 //!
 //! Exit statuses: 0 done, 1 an error, 2 wrong usage, and for `run` and `receive` those of [`vmm::vcpu::GuestEnd`].
 
+#[expect(rustdoc::broken_intra_doc_links, reason = "help texts have what may be left out in brackets")]
 mod args;
 mod client;
 mod guest;
