@@ -108,11 +108,12 @@ fn codecs(quick: bool) -> Vec<Heat> {
     let heat =
         |link, guest, contenders, runs| Heat { part: Part::Codecs, link, guest: Guest::Micro(guest), contenders, runs };
     if !quick {
-        let links = [Link::Gigabit, Link::TenGigabit, Link::Loopback].into_iter();
-        return links
-            .flat_map(|link| matrix_guests(MATRIX_MIB[1]).into_iter().map(move |guest| (link, guest)))
-            .map(|(link, guest)| heat(link, guest, all.clone(), 5))
-            .collect();
+        // What a codec gains within the host it gains at 10 Gbit/s.
+        let links = [(Link::Gigabit, all.clone()), (Link::TenGigabit, all), (Link::Loopback, named(&["none", "auto"]))];
+        let by_link = |(link, contenders): (Link, Vec<Contender>)| {
+            matrix_guests(MATRIX_MIB[1]).into_iter().map(move |guest| heat(link, guest, contenders.clone(), 5))
+        };
+        return links.into_iter().flat_map(by_link).collect();
     }
     let starts_with = |name: &'static str| move |guest: &Micro| guest.name.starts_with(name);
     let others = |guest: &Micro| !starts_with("partial")(guest);
