@@ -101,7 +101,8 @@ fn micro(context: &Context) -> Result<()> {
 
 fn broken(context: &Context) -> Result<()> {
     let kernel = context.images.join("micro.elf").display().to_string();
-    let machine = ["--kernel", &kernel, "--cmdline=ws=384M rate=20000 tick=20 pattern=check", "--memory=512M"];
+    let machine =
+        ["--kernel", &kernel, "--cmdline=ws=384M rate=20000 tick=20 pattern=check fill=check", "--memory=512M"];
     let godwit = Godwit::run(context, "source", &machine)?;
     let mut console = godwit.console()?;
     console.expect("tick", SOON)?;
