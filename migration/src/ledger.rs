@@ -13,7 +13,7 @@
 //! words of the ledger   0  1  2  3 │ 4  5  6  7 │ 8  9  …        with 4 in a lane
 //! are walked as         0  4  8  … │ 1  5  9  … │ 2  6  …
 //! ```
-//! What follows each other on the link is of all kinds then, each mebibyte of it is like the whole, and the buffers of a
+//! What follows each other on the link is of many kinds then, each mebibyte of it is more like the whole, and the buffers of a
 //! connection even out what differs.
 
 use crate::region::{PageIndex, PageRun, RegionId};

@@ -20,7 +20,7 @@ const WAITED: (f64, f64) = (1.5, 20e-6);
 const SETTLED: u32 = 4;
 
 /// Frames until what was compared once is compared again: one of the two may have been measured in a bad moment. It is
-/// asked ever more rarely.
+/// asked ever more rarely, as long as the link is the same.
 const COMPARED: (u32, u32) = (16, 1024);
 
 /// A link whose rate changes by more than this factor is another link.
@@ -189,7 +189,7 @@ impl LinkRate {
         let beside = *other.beside.get_or_insert(present);
         other.age += 1;
         if (present / beside).max(beside / present) > ANOTHER {
-            self.other = None;
+            (self.other, self.compared) = (None, COMPARED.0);
         } else if !self.packed && other.age > self.compared {
             (self.other, self.compared) = (None, (self.compared * 2).min(COMPARED.1));
         }

@@ -184,13 +184,14 @@ struct Cost {
     at: u64,
 }
 
-/// The codecs of single pages that are on, as bits.
+/// The codecs of single pages that are on, and whether the rest goes into a block, as bits.
 fn combination(codecs: &Codecs) -> usize {
-    [codecs.rle, codecs.delta, codecs.dedup].into_iter().fold(0, |bits, on| bits << 1 | usize::from(on))
+    let bits = [codecs.rle, codecs.delta, codecs.dedup, !codecs.leave_raw()];
+    bits.into_iter().fold(0, |bits, on| bits << 1 | usize::from(on))
 }
 
 /// How many combinations there are.
-const COMBINATIONS: usize = 8;
+const COMBINATIONS: usize = 16;
 
 /// Cost and gain of all codecs.
 #[derive(Debug, Clone, PartialEq)]
@@ -406,11 +407,15 @@ impl Work {
             + when(codecs.rle, to_rle * RLE)
             + when(!codecs.leave_raw(), plain * PLAIN);
         let expected = usual * self.pace();
-        // More codecs do not cost less than some of them.
         let bits = combination(codecs);
-        let parts = (0..COMBINATIONS).filter(|part| part & bits == *part).map(|part| self.costs[part]);
-        let lately = parts.filter(|cost| self.frame <= cost.at + STALE).filter_map(|cost| cost.page.mean());
-        lately.filter(|cost| *cost > expected * FAR_OFF).fold(expected, f64::max)
+        let lately = |part: usize| {
+            let Cost { page, at } = self.costs[part];
+            page.mean().filter(|_| self.frame <= at + STALE)
+        };
+        // What some of the codecs cost is a guess at what more of them do, and no more than that: one may spare another work.
+        let parts = || (0..COMBINATIONS).filter(|part| part & bits == *part).filter_map(lately);
+        let cost = lately(bits).or_else(|| parts().max_by(f64::total_cmp));
+        cost.filter(|cost| *cost > expected * FAR_OFF).unwrap_or(expected)
     }
 
     /// How long this machine takes for what takes a usual one a second.

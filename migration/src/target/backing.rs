@@ -25,6 +25,9 @@ const MANY: u64 = 32;
 /// half the time of four; and no more than three may turn out to be for nothing.
 const MAX_WINDOW: u64 = 4;
 
+/// How many requests are remembered.
+const REMEMBERED: usize = 2 * LANES;
+
 /// What has been asked of the host.
 #[derive(Debug)]
 pub(super) struct Backing {
@@ -32,7 +35,7 @@ pub(super) struct Backing {
     asked: PageSet,
     /// Extents of each region that are whole.
     extents: Vec<u64>,
-    /// The last requests, oldest first: one for each lane.
+    /// The last requests, oldest first: more than there are lanes, since one that skips extents leaves its last behind.
     ahead: Mutex<VecDeque<Ahead>>,
     /// The host cannot, or not any more.
     ended: AtomicBool,
@@ -89,7 +92,7 @@ impl Backing {
         let extents = u32::try_from(open).ok().filter(|&extents| extents > 0)?;
         self.asked.add(PageRun { region, first: PageIndex(extent), pages: extents });
         ahead.push_back(Ahead { region, next: extent + u64::from(extents), window });
-        if ahead.len() > LANES {
+        if ahead.len() > REMEMBERED {
             ahead.pop_front();
         }
         let first = PageIndex(extent * u64::from(EXTENT_PAGES));
@@ -180,10 +183,10 @@ mod tests {
         assert_eq!(extents, [(0, 1), (1, 2), (3, 4), (7, 4), (11, 4), (15, 4), (19, 1)]);
     }
 
-    /// Two places that are filled in turn are each read ahead, and so are as many as there are lanes, but no more.
+    /// Two places that are filled in turn are each read ahead, and so are as many as are remembered, but no more.
     #[test]
     fn lanes_are_backed_ahead_each_by_itself() {
-        let most = LANES as u64;
+        let most = REMEMBERED as u64;
         for (lanes, last) in [(2, 4), (most, 4), (most + 1, 1)] {
             let (backing, host) = (backing(512 * 20 * lanes), host(true));
             for extent in 0..20 {

@@ -6,6 +6,9 @@
 //! other codecs, lie side by side, and whichever codecs it chooses for the next pages, it is told what these pages really
 //! took by them. So what its choices are worth is measured by what was the fastest there, not by an opinion.
 //!
+//! The recordings are of a source that walked memory from its beginning to its end, so that stretches which pack and others
+//! which do not come one after the other. It is walked in many places at once now, and mixed: these are the harder case.
+//!
 //! A recording is made of the micro guest of the bench (`cargo xtask image micro`), whose memory holds the content as its
 //! initrd, with both ends in network namespaces joined by a veth pair, which HTB shapes as `tests/src/bench/migrate/wire.rs`
 //! has it:
@@ -39,16 +42,16 @@ macro_rules! recordings {
 
 /// All recordings of a guest over a link, whose pages are taken in the same order.
 struct Course {
-    recordings: Vec<Lane>,
+    tracks: Vec<Track>,
     pages: u64,
 }
 
 /// One of them: its frames, and up to which page each goes.
-struct Lane {
+struct Track {
     frames: Vec<(u64, Frame)>,
 }
 
-impl Lane {
+impl Track {
     /// The frames of the first round that have pages which are not zero, from a page on.
     fn new(recording: &Recording, from: u64) -> Self {
         let mut end = 0;
@@ -81,15 +84,14 @@ impl Course {
 
     /// Without the first pages of the guest.
     fn from_page(recordings: &[Recording], from: u64) -> Self {
-        let recordings: Vec<_> = recordings.iter().map(|recording| Lane::new(recording, from)).collect();
-        let pages =
-            recordings.iter().filter_map(|lane| Some(lane.frames.last()?.0)).min().expect("there are recordings");
-        Self { recordings, pages }
+        let tracks: Vec<_> = recordings.iter().map(|recording| Track::new(recording, from)).collect();
+        let pages = tracks.iter().filter_map(|track| Some(track.frames.last()?.0)).min().expect("there are recordings");
+        Self { tracks, pages }
     }
 
     /// The time of the fastest recording.
     fn best(&self) -> f64 {
-        self.recordings.iter().map(Lane::seconds).min_by(f64::total_cmp).expect("there are recordings")
+        self.tracks.iter().map(Track::seconds).min_by(f64::total_cmp).expect("there are recordings")
     }
 
     /// What the pages at a place really took by the codecs that come closest to these.
@@ -99,8 +101,8 @@ impl Course {
             let [rle, dedup] = [of.rle != codecs.rle, of.dedup != codecs.dedup].map(usize::from);
             10 * strength(of.packing).abs_diff(strength(codecs.packing)) + 2 * dedup + rle
         };
-        let lane = self.recordings.iter().min_by_key(|lane| distance(&lane.codecs())).expect("there are recordings");
-        let (_, frame) = lane.frames.iter().find(|(end, _)| *end > page).expect("the page is on the course");
+        let track = self.tracks.iter().min_by_key(|track| distance(&track.codecs())).expect("there are recordings");
+        let (_, frame) = track.frames.iter().find(|(end, _)| *end > page).expect("the page is on the course");
         *frame
     }
 }
@@ -144,13 +146,13 @@ impl Walk {
         }
     }
 
-    /// Goes on until a choice has held for [`SETTLED`] frames, which must be so within `most`.
+    /// Goes on until a choice has held for [`HELD`] frames, which must be so within `most`.
     fn until(&mut self, course: &Course, most: u32, chosen: impl Fn(Codecs) -> bool) {
         self.page %= course.pages;
         let mut in_a_row = 0;
         for _ in 0..most {
             in_a_row = if chosen(self.step(course)) { in_a_row + 1 } else { 0 };
-            if in_a_row == SETTLED {
+            if in_a_row == HELD {
                 return;
             }
         }
@@ -159,7 +161,7 @@ impl Walk {
 }
 
 /// A choice for so many frames in a row is no trial.
-const SETTLED: u32 = 8;
+const HELD: u32 = 8;
 
 /// The page from which on the tar packs well.
 const PACKS_WELL: u64 = 27_000;
@@ -277,16 +279,16 @@ fn a_budget_is_kept() {
 #[test]
 fn the_rate_of_a_link_is_that_of_the_recording() {
     for recordings in [gigabit_tar(), gigabit_random(), hundred_megabit_tar()] {
-        let raw = Lane::new(&recordings[0], 0).bytes_per_second();
+        let raw = Track::new(&recordings[0], 0).bytes_per_second();
         for recording in &recordings {
-            let lane = Lane::new(recording, 0);
+            let track = Track::new(recording, 0);
             let mut rates = Vec::new();
             replay(recording, |policy, frame, _| {
                 rates.extend(policy.link.of(packs(frame.codecs)).filter(|_| frame.round == 1));
             });
             rates.sort_by(f64::total_cmp);
             let (low, middle, high) = (rates[rates.len() / 10], rates[rates.len() / 2], rates[rates.len() * 9 / 10]);
-            let (codecs, least) = (lane.codecs(), lane.bytes_per_second());
+            let (codecs, least) = (track.codecs(), track.bytes_per_second());
             assert!((least * 0.95..raw * 1.08).contains(&middle), "{codecs:?}: {middle}, {least} to {raw}");
             assert!(low > least * 0.85 && high < raw * 1.5, "{codecs:?}: {low} to {high}, {least} to {raw}");
         }
