@@ -1,10 +1,11 @@
 //! `cargo xtask bench migrate`: moves the micro guest on this host's KVM, by Godwit and by QEMU, and a Debian under load in
 //! the nested lab, and compares.
 
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use clap::Args;
 use godwit_tests::bench::Figure;
 use godwit_tests::bench::migrate::cell::{Guest, Heat, Part};
@@ -66,6 +67,7 @@ pub(super) fn bench(options: &Options) -> Result<ExitCode> {
 fn measure(options: &Options) -> Result<Vec<Cell>> {
     let mut heats = plan::heats(options.quick);
     heats.retain(|heat| options.part.is_empty() || options.part.contains(&heat.part));
+    ensure!(!heats.is_empty(), "The quick list has none of these parts");
     let in_lab = |heat: &Heat| matches!(heat.guest, Guest::Debian(_));
     packages::ensure(&packages::for_migration_bench())?;
     build(&["--package", "vmm", "--bins"])?;
@@ -103,8 +105,7 @@ fn measure(options: &Options) -> Result<Vec<Cell>> {
 
 /// Everything that was measured, for people.
 fn report(cells: &[Cell]) -> String {
-    let mut machines: Vec<&str> = cells.iter().map(|cell| cell.machine.as_str()).collect();
-    machines.dedup();
+    let machines: BTreeSet<&str> = cells.iter().map(|cell| cell.machine.as_str()).collect();
     let mut text: String = machines.iter().map(|machine| format!("On {machine}\n")).collect();
     let heads =
         ["question", "link", "guest", "contender", "n", "total ms", "downtime ms", "MB sent", "CPU s", "MB/s", "MiB"];

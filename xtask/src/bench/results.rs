@@ -37,9 +37,9 @@ Each guest is booted once, with one vCPU, and moved there and back between two h
 while its load goes on: memcached full with 16 MiB of values of 1000 bytes under memcaslap, nine of ten operations a get; \
 PostgreSQL under pgbench with two clients; stress-ng filling 32 MiB of fresh pages, working through them and holding them \
 for a second, again and again, which is a compiler's way with memory. After each move the load must be well, after all of \
-them its data right. The processor time is Godwit's own account. All processors are emulated and pack 15 to 30 \
-MB/s: they outrun a link of 100 Mbit/s as real ones do 1 Gbit/s, while on a faster one packing would take as long as it \
-saves. What the figures tell is how contenders compare, not how fast a host is.";
+them its data right. The processor time is Godwit's own account. The link is slow because a lab's processors may be \
+emulated: such ones pack 15 to 30 MB/s, and outrun 100 Mbit/s as real ones do 1 Gbit/s, while on a faster link packing would \
+take as long as it saves. What the figures tell is how contenders compare, not how fast a host is.";
 
 /// Writes `migrate.csv`, `migrate.md` and `migrate-*.svg` into a folder, which is made if it is not there.
 pub(super) fn write(folder: &Path, cells: &[Cell], rows: &[Row]) -> Result<()> {
@@ -109,7 +109,7 @@ fn markdown(cells: &[Cell], rows: &[Row], plots: &[(Part, Link, String)]) -> Str
          Medians of alternating turns. Total time and bytes are each VMM's own account, the downtime is the longest gap in the \
          guest's ticks of 1 ms, or 20 ms in the lab, the processor time is that of both ends without vCPUs. All guests are \
          micro guests but those in the lab. Those that write nothing run at idle priority: they look at their clock where \
-         others would halt.\n",
+         others would halt, and their ticks may be late for it.\n",
         unique(|cell| &cell.machine).join("; "),
         unique(|cell| &cell.version).join(", "),
     );

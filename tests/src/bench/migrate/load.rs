@@ -70,8 +70,21 @@ impl Load {
 
     /// Ends it, and looks at everything.
     pub(super) fn end(self) -> String {
-        let (complaint, proof) = (self.complaint(), self.proof());
-        format!("systemctl stop load && ! grep -E '{complaint}' /run/load.log && {proof}")
+        let (last, complaint, proof) = (self.last_look(), self.complaint(), self.proof());
+        let stop = "systemctl is-active --quiet load && systemctl stop load";
+        format!("{last}\n{stop} && ! grep -E '{complaint}' /run/load.log && {proof}")
+    }
+
+    /// Waits until it has looked at all that the last move may have harmed.
+    fn last_look(self) -> &'static str {
+        match self {
+            // It looks back when a run ends: at that of the last move, and at one that began after it.
+            Self::Memcached => {
+                "looks() { grep -c verify_failed /run/load.log; }\nenough=$(($(looks) + 2))\n\
+                 while systemctl is-active --quiet load && [ $(looks) -lt $enough ]; do sleep 1; done"
+            }
+            Self::PostgreSql | Self::StressNg => ":",
+        }
     }
 
     /// What a line of its output has that is no good news.

@@ -107,9 +107,11 @@ impl<'a> Journey<'a> {
         let status = match order(self.context, &self.home, &target, options) {
             Ok(status) => status,
             Err(error) => {
-                // The guest has stayed where it is.
-                self.shell.hush()?;
-                return Err(error);
+                // The guest has stayed where it is, or else it does not answer.
+                return Err(match self.shell.hush() {
+                    Ok(()) => error,
+                    Err(deaf) => error.context(deaf),
+                });
             }
         };
         std::mem::replace(&mut self.home, target).finish(MOVE_WITHIN)?.expect(0, "The guest has moved to")?;
