@@ -272,6 +272,16 @@ fn what_a_processor_is_slow_at_is_left_out() {
     }
 }
 
+/// What frames cost that go into a block says nothing of those that do not.
+#[test]
+fn raw_pages_are_not_dear_after_packed_ones() {
+    let mut scene = scene(terms());
+    assert!(packs(scene.send(100, TAR, wire(GIGABIT))));
+    let work = &scene.policy.work;
+    let [raw, packed] = [Codecs::ZERO, scene.policy.current.0].map(|codecs| work.page_cost(&codecs, 1.0, 1.0, 1.0));
+    assert!(raw < 0.3e-6 && packed > 3.0 * raw, "{raw} and {packed}");
+}
+
 #[test]
 fn runs_are_found_on_any_link() {
     for rate in [GIGABIT, LOOPBACK] {
