@@ -183,6 +183,21 @@ impl Godwit {
         }
     }
 
+    /// Waits until its guest runs here again after a migration that failed, and gives the account of that, which is told of
+    /// right after the guest.
+    pub fn await_stay(&self) -> Result<MigrationStatus> {
+        self.await_phase(Phase::Running)?;
+        let deadline = Instant::now() + START_WITHIN;
+        loop {
+            let status = self.migration()?.context("There is no account of the migration")?;
+            if status.state != MigrationState::Active {
+                return Ok(status);
+            }
+            ensure!(Instant::now() < deadline, "The migration has not ended, but the guest runs: {status:?}");
+            sleep(LOOK_EVERY);
+        }
+    }
+
     /// Starts to move its guest, whose memory is copied, as between two hosts.
     pub fn start_migration(&self, to: &Self, mode: MigrationMode) -> Result<()> {
         self.client().call(&Request::StartMigration(copying(to, mode))).map(drop).map_err(Into::into)

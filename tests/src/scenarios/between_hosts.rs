@@ -67,8 +67,7 @@ fn stays_when_the_wire_is_cut(hosts: &Hosts, there: HostName, source: &Godwit, t
         Ok(())
     };
     wire("down")?;
-    source.await_phase(Phase::Running)?;
-    let why = source.migration()?.and_then(|status| status.error).unwrap_or_default();
+    let why = source.await_stay()?.error.unwrap_or_default();
     ensure!(why.contains("time limit of 3 s"), "The account of a cut wire is {why:?}");
     source.console()?.expect("tick", SOON)?;
     wire("up")?;

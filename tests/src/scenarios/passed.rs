@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use control::{
-    MemoryPolicy, MemoryTransfer, MigrationMode, MigrationState, MigrationStatus, MigrationStep, Phase, Request,
+    MemoryPolicy, MemoryTransfer, MigrationMode, MigrationState, MigrationStatus, MigrationStep, Request,
     StartMigration,
 };
 use rustix::process::Signal;
@@ -118,8 +118,7 @@ fn broken(context: &Context) -> Result<()> {
         target.finish(SOON)?;
         // Who is killed leaves its sockets behind.
         fs::remove_dir_all(folder)?;
-        godwit.await_phase(Phase::Running)?;
-        let status = godwit.migration()?.context("The source has no account of the migration")?;
+        let status = godwit.await_stay()?;
         ensure!(status.state == MigrationState::Failed && status.error.is_some(), "The account is {status:?}");
         console.pending();
         console.expect("tick", SOON)?;
