@@ -97,6 +97,11 @@ pub enum Happening {
         /// What was wrong.
         cause: String,
     },
+    /// All of a disk has come to this host; nothing of it is needed elsewhere any more.
+    DiskWhole {
+        /// The disk's id.
+        disk: String,
+    },
     /// Events were lost to this subscriber because it was too slow, or asked for what is no longer kept. The event's
     /// own number is that of the last lost one.
     Lagged {
@@ -118,6 +123,7 @@ impl Happening {
             Self::MeasurementEnded { .. } => "measurement_ended",
             Self::GuestEnded { .. } => "guest_ended",
             Self::DeviceNeedsReset { .. } => "device_needs_reset",
+            Self::DiskWhole { .. } => "disk_whole",
             Self::Lagged { .. } => "lagged",
         }
     }

@@ -24,6 +24,7 @@ mod server;
 mod socket;
 mod sse;
 mod transfer;
+mod with_disks;
 
 pub use address::{AddressError, PeerAddress};
 pub use client::{After, Client, ClientError, EventStream};
@@ -43,14 +44,15 @@ pub use millis::Millis;
 pub use openapi::OPENAPI;
 pub use phase::{Phase, Refusal, TestRequests, admit};
 pub use reply::{
-    BalloonInfo, DirtyTrackerKind, DiskCounters, DiskInfo, DiskList, JobStarted, NicBackend, NicCounters, NicInfo,
-    NicList, Pulsed, Reply, VmInfo,
+    BalloonInfo, DirtyTrackerKind, DiskBefore, DiskCounters, DiskInfo, DiskList, JobStarted, NicBackend, NicCounters,
+    NicInfo, NicList, Pulsed, Reply, VmInfo,
 };
-pub use request::{OnStall, Owner, Pulse, Request, ResolveMigration, SetBalloon, StartMigration, Stop};
+pub use request::{OnStall, Owner, Pulse, Request, ResizeDisk, ResolveMigration, SetBalloon, StartMigration, Stop};
 pub use server::{Handler, Limits, Server, ServerError, ServerOptions};
 pub use socket::{ControlSocket, SOCKET_PATH_MAX, SocketError};
 pub use transfer::{CodecChoice, Codecs, CodecsError, MemoryPolicy, MemoryTransfer, Packing, Streams, StreamsError};
 pub use uuid::Uuid;
+pub use with_disks::{DiskPolicy, WithDisks, WithDisksError};
 
 /// The version of the API, part of every path but `/metrics`.
 pub const API_VERSION: &str = "v1";

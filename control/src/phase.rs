@@ -34,7 +34,7 @@ pub enum Phase {
     Migrating,
     /// The hand-over's answer was lost; the guest stands still until it is known who owns it.
     InDoubt,
-    /// The guest belongs to another Godwit; this one keeps the report only.
+    /// The guest belongs to another Godwit; this one keeps the report, and its disks until the other has them.
     MovedAway,
     /// The guest has powered off, or was ended.
     Ended,
@@ -136,6 +136,7 @@ const fn intent(request: &Request) -> &'static str {
         Request::ShowBalloon => "show the balloon",
         Request::SetBalloon(_) => "change the balloon",
         Request::ListDisks => "list the disks",
+        Request::ResizeDisk(_) => "resize a disk",
         Request::ListNics => "list the network interfaces",
         Request::StartMigration(_) => "start a migration",
         Request::ShowMigration => "show the migration",
@@ -159,8 +160,8 @@ pub fn admit(phase: Phase, request: &Request) -> Result<(), Refusal> {
         Request::ShowVm | Request::ListDisks | Request::ListNics | Request::ShowMigration | Request::ShowDirtyRate => true,
         // Changes of a guest that is here and that nobody else leads. The first two are done already in one of the
         // phases; saying so is friendlier than refusing a repeated request.
-        Request::Pause | Request::Resume | Request::Reset | Request::SetBalloon(_) | Request::StartMigration(_)
-        | Request::Pulse(_) => match phase {
+        Request::Pause | Request::Resume | Request::Reset | Request::SetBalloon(_) | Request::ResizeDisk(_)
+        | Request::StartMigration(_) | Request::Pulse(_) => match phase {
             Running | Paused => true,
             Starting | Receiving | Incoming | Migrating | InDoubt | MovedAway | Ended => false,
         },
@@ -169,10 +170,11 @@ pub fn admit(phase: Phase, request: &Request) -> Result<(), Refusal> {
             Running => true,
             Starting | Paused | Receiving | Incoming | Migrating | InDoubt | MovedAway | Ended => false,
         },
-        // Not while another thread owns the guest, and not while nobody knows who does: that could end the only copy.
+        // Not while another thread owns the guest, and not while nobody knows who does: that could end the only copy. One
+        // that has no guest any more may still serve its disks, or wait for them.
         Request::Kill => match phase {
-            Starting | Running | Paused | Receiving | MovedAway => true,
-            Incoming | Migrating | InDoubt | Ended => false,
+            Starting | Running | Paused | Receiving | MovedAway | Ended => true,
+            Incoming | Migrating | InDoubt => false,
         },
         // Needs a guest here that has a balloon; it may be on its way.
         Request::ShowBalloon => match phase {
@@ -225,18 +227,19 @@ mod tests {
     use proptest::prelude::*;
 
     /// One line per request of [`samples`], one column per phase of [`Phase::ALL`].
-    const TABLE: [(&str, &str); 18] = [
+    const TABLE: [(&str, &str); 19] = [
         //                   S R P R I M D A E
         ("ShowVm", "+ + + + + + + + +"),
         ("Pause", "- + + - - - - - -"),
         ("Resume", "- + + - - - - - -"),
         ("Stop", "- + - - - - - - -"),
-        ("Kill", "+ + + + - - - + -"),
+        ("Kill", "+ + + + - - - + +"),
         ("Reset", "- + + - - - - - -"),
         ("PowerButton", "- + - - - - - - -"),
         ("ShowBalloon", "- + + - - + + - -"),
         ("SetBalloon", "- + + - - - - - -"),
         ("ListDisks", "+ + + + + + + + +"),
+        ("ResizeDisk", "- + + - - - - - -"),
         ("ListNics", "+ + + + + + + + +"),
         ("StartMigration", "- + + - - - - - -"),
         ("ShowMigration", "+ + + + + + + + +"),
@@ -302,7 +305,7 @@ mod tests {
         #[test]
         fn nothing_changes_a_guest_of_someone_else(request in 0..TABLE.len()) {
             let request = &samples()[request];
-            for phase in [Phase::Incoming, Phase::Migrating, Phase::InDoubt, Phase::Ended] {
+            for phase in [Phase::Incoming, Phase::Migrating, Phase::InDoubt] {
                 let harmless = matches!(
                     request,
                     Request::ShowVm | Request::ShowBalloon | Request::ListDisks | Request::ListNics

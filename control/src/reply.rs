@@ -10,6 +10,7 @@ use crate::phase::Phase;
 use crate::request::Request;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
+use std::time::Duration;
 use uuid::Uuid;
 
 /// One answer of a Godwit that did what it was asked.
@@ -87,6 +88,7 @@ impl Reply {
             | Request::Reset
             | Request::PowerButton
             | Request::SetBalloon(_)
+            | Request::ResizeDisk(_)
             | Request::CancelMigration
             | Request::ResolveMigration(_) => Ok(Self::Done),
         }
@@ -157,14 +159,33 @@ pub struct DiskList {
 pub struct DiskInfo {
     /// The device's id, such as `blk0`.
     pub id: String,
-    /// The file behind it, for people to read.
-    pub path: String,
+    /// Where its bytes are, for people to read: a path, or the URI of an export.
+    pub place: String,
     /// Its size.
     pub bytes: u64,
+    /// How much of it is not here yet, where it comes to this host while it is used.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub missing_bytes: Option<u64>,
     /// Whether the guest may only read.
     pub read_only: bool,
     /// What the guest did with it.
     pub counters: DiskCounters,
+    /// What it was like at the host that the guest came from, if it came from one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub before: Option<DiskBefore>,
+}
+
+/// What a disk was like at the host that the guest came from.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskBefore {
+    /// Where its bytes were.
+    pub place: String,
+    /// How long a read took there on average; absent if there was none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mean_read_ms: Option<Millis>,
+    /// How long a write took there on average; absent if there was none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mean_write_ms: Option<Millis>,
 }
 
 /// What a guest did with a disk since its machine was built here: a move, a reset and a pulse begin anew. Requests that
@@ -183,6 +204,29 @@ pub struct DiskCounters {
     pub flushes: u64,
     /// Requests of any kind that failed, or that the disk does not know.
     pub errors: u64,
+    /// How long the reads took, added up.
+    pub read_time_ms: Millis,
+    /// How long the writes took, added up.
+    pub write_time_ms: Millis,
+}
+
+impl DiskCounters {
+    /// How long a read took on average; `None` if there was none.
+    #[must_use]
+    pub fn mean_read(&self) -> Option<Millis> {
+        mean(self.read_time_ms, self.reads)
+    }
+
+    /// How long a write took on average; `None` if there was none.
+    #[must_use]
+    pub fn mean_write(&self) -> Option<Millis> {
+        mean(self.write_time_ms, self.writes)
+    }
+}
+
+fn mean(sum: Millis, count: u64) -> Option<Millis> {
+    let micros = u64::try_from(Duration::from(sum).as_micros()).unwrap_or(u64::MAX);
+    micros.checked_div(count).map(|mean| Duration::from_micros(mean).into())
 }
 
 /// All network interfaces.

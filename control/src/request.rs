@@ -9,6 +9,7 @@ use crate::cpu_budget::CpuBudget;
 use crate::dirty_rate::MeasureDirtyRate;
 use crate::migration::MigrationMode;
 use crate::transfer::{CodecChoice, MemoryPolicy, Streams};
+use crate::with_disks::WithDisks;
 use serde::{Deserialize, Serialize};
 use std::num::{NonZeroU32, NonZeroU64};
 use std::time::Duration;
@@ -36,6 +37,8 @@ pub enum Request {
     SetBalloon(SetBalloon),
     /// The disks.
     ListDisks,
+    /// Make a disk longer while the guest runs.
+    ResizeDisk(ResizeDisk),
     /// The network interfaces.
     ListNics,
     /// Move the guest to another Godwit. Answers at once with the job's id.
@@ -70,6 +73,17 @@ pub struct Stop {
 pub struct SetBalloon {
     /// How much memory the balloon should take from the guest.
     pub target_bytes: u64,
+}
+
+/// The body of a change of a disk's length.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ResizeDisk {
+    /// The disk.
+    pub id: String,
+    /// How long it should be: a multiple of 512, and no less than it is. A file is made as long; a block device must be so
+    /// already.
+    pub bytes: u64,
 }
 
 /// The body of the start of a migration.
@@ -123,6 +137,9 @@ pub struct StartMigration {
     /// The most memory for copies of pages that were sent, which the codec `delta` compares with.
     #[serde(default = "StartMigration::default_delta_cache_bytes")]
     pub delta_cache_bytes: u64,
+    /// Which disks go along with the guest.
+    #[serde(default, skip_serializing_if = "WithDisks::is_none")]
+    pub with_disks: WithDisks,
 }
 
 /// What to do with a guest whose downtime goal cannot be reached: it dirties memory faster than it can be sent.
@@ -159,6 +176,7 @@ impl StartMigration {
             codec: CodecChoice::default(),
             cpu_budget: None,
             delta_cache_bytes: Self::default_delta_cache_bytes(),
+            with_disks: WithDisks::default(),
         }
     }
 
@@ -238,6 +256,7 @@ pub(crate) fn samples() -> Vec<Request> {
         Request::ShowBalloon,
         Request::SetBalloon(SetBalloon { target_bytes: 64 << 20 }),
         Request::ListDisks,
+        Request::ResizeDisk(ResizeDisk { id: "blk0".into(), bytes: 1 << 30 }),
         Request::ListNics,
         Request::StartMigration(StartMigration::new(PeerAddress::Unix("/run/in.sock".into()))),
         Request::ShowMigration,
@@ -283,6 +302,7 @@ mod tests {
             (r#"{"to":"unix:/x","streams":0}"#, "0 streams: give it 1 to 64"),
             (r#"{"to":"unix:/x","streams":65}"#, "65 streams: give it 1 to 64"),
             (r#"{"to":"unix:/x","codec":"gzip"}"#, "there is no \"gzip\""),
+            (r#"{"to":"unix:/x","with_disks":"later"}"#, "WithDisks"),
         ] {
             let error = serde_json::from_str::<StartMigration>(body).unwrap_err().to_string();
             assert!(error.contains(part), "{body}: {error}");

@@ -31,6 +31,8 @@ pub enum Operation {
     SetBalloon,
     /// [`Request::ListDisks`].
     ListDisks,
+    /// [`Request::ResizeDisk`].
+    ResizeDisk,
     /// [`Request::ListNics`].
     ListNics,
     /// [`Request::StartMigration`].
@@ -133,7 +135,7 @@ use Content::{Json, Metrics, Nothing, OpenApi, Stream};
 
 /// Every path and method that the server knows.
 #[rustfmt::skip]
-pub static ROUTES: [Route; 21] = [
+pub static ROUTES: [Route; 22] = [
     route!(GET "/v1/vm", ShowVm, "Show the VM", Empty, 200 Json("VmInfo"), ASKED),
     route!(POST "/v1/vm/pause", Pause, "Pause the guest", Empty, 204 Nothing, CHANGED),
     route!(POST "/v1/vm/resume", Resume, "Resume the guest", Empty, 204 Nothing, CHANGED),
@@ -144,6 +146,7 @@ pub static ROUTES: [Route; 21] = [
     route!(GET "/v1/balloon", ShowBalloon, "Show the balloon", Empty, 200 Json("BalloonInfo"), DEVICE),
     route!(PUT "/v1/balloon", SetBalloon, "Change the balloon's target", Required("SetBalloon"), 204 Nothing, DEVICE),
     route!(GET "/v1/disks", ListDisks, "List the disks", Empty, 200 Json("DiskList"), ASKED),
+    route!(POST "/v1/disks/resize", ResizeDisk, "Make a disk longer", Required("ResizeDisk"), 204 Nothing, DEVICE),
     route!(GET "/v1/nics", ListNics, "List the network interfaces", Empty, 200 Json("NicList"), ASKED),
     route!(POST "/v1/migration", StartMigration, "Start a migration", Required("StartMigration"), 202 Json("JobStarted"), CHANGED),
     route!(GET "/v1/migration", ShowMigration, "Show the current or last migration", Empty, 200 Json("LastMigration"), ASKED),
@@ -215,6 +218,7 @@ impl Route {
             Operation::ShowBalloon => Request::ShowBalloon,
             Operation::SetBalloon => Request::SetBalloon(parse(body)?),
             Operation::ListDisks => Request::ListDisks,
+            Operation::ResizeDisk => Request::ResizeDisk(parse(body)?),
             Operation::ListNics => Request::ListNics,
             Operation::StartMigration => Request::StartMigration(parse(body)?),
             Operation::ShowMigration => Request::ShowMigration,
@@ -256,6 +260,7 @@ impl Operation {
             Self::ShowBalloon => "showBalloon",
             Self::SetBalloon => "setBalloon",
             Self::ListDisks => "listDisks",
+            Self::ResizeDisk => "resizeDisk",
             Self::ListNics => "listNics",
             Self::StartMigration => "startMigration",
             Self::ShowMigration => "showMigration",
@@ -282,6 +287,7 @@ impl Operation {
             Request::ShowBalloon => Self::ShowBalloon,
             Request::SetBalloon(_) => Self::SetBalloon,
             Request::ListDisks => Self::ListDisks,
+            Request::ResizeDisk(_) => Self::ResizeDisk,
             Request::ListNics => Self::ListNics,
             Request::StartMigration(_) => Self::StartMigration,
             Request::ShowMigration => Self::ShowMigration,
@@ -302,6 +308,7 @@ pub(crate) fn body_of(request: &Request) -> Result<Option<Vec<u8>>, serde_json::
     match request {
         Request::Stop(body) => json(body),
         Request::SetBalloon(body) => json(body),
+        Request::ResizeDisk(body) => json(body),
         Request::StartMigration(body) => json(body),
         Request::ResolveMigration(body) => json(body),
         Request::MeasureDirtyRate(body) => json(body),

@@ -53,6 +53,7 @@ impl Plan {
         let with_debian = chosen.iter().any(|scenario| scenario.needs == Needs::Debian);
         let debian = with_debian.then(self.debian).transpose()?;
         let (host, lab): (Vec<_>, Vec<_>) = chosen.into_iter().partition(|scenario| match scenario.needs {
+            Needs::Host => true,
             Needs::Kvm => host_has_kvm,
             Needs::LinuxGuests | Needs::Debian => self.choice.place == Place::Host,
             Needs::Lab => false,
@@ -106,7 +107,10 @@ impl Plan {
             lab = lab
                 .disk(debian.join("debian.img"), &format!("{LAB_DISKS}/debian.img"))
                 .file(debian.join("ssh-key"), &format!("{LAB_DISKS}/ssh-key"))
-                .program("/usr/bin/ssh");
+                .program("/usr/bin/ssh")
+                .program("/usr/sbin/e2fsck")
+                // A copy of the disk.
+                .free_mib(2048);
         }
         let lab = lab.boot()?;
         eprintln!("The lab runs by {}; it was up after {:.1} s", lab.accelerator(), lab.boot_time().as_secs_f32());

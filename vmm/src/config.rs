@@ -6,9 +6,11 @@
 //! Invariant: the machine is built only from a description for which [`MachineConfig::validate`] and
 //! [`MachineConfig::validate_for`] said yes. A description comes from a peer, so nothing in it is trusted before.
 
+mod disk;
 mod error;
 mod validate;
 
+pub use disk::{Disk, DiskCache, DiskLimits, DiskPlace, ExportUri, Layer, MAX_DISK_QUEUES, Places};
 pub use error::ConfigError;
 
 use serde::{Deserialize, Serialize};
@@ -153,19 +155,6 @@ pub enum EntryKind {
     Pvh,
     /// By the 64-bit Linux boot protocol.
     Long64,
-}
-
-/// A disk.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Disk {
-    /// Its name in the machine, which the guest reads as serial number.
-    pub id: String,
-    /// The file or block device behind it.
-    pub path: PathBuf,
-    /// Whether the guest may only read it.
-    #[serde(default)]
-    pub read_only: bool,
 }
 
 /// A network card.
@@ -317,9 +306,12 @@ pub enum DirtyTracking {
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct HostResources {
-    /// The files behind disks, by the disks' names.
+    /// The host's name, by which disks with several places find the nearest.
     #[serde(default)]
-    pub disks: BTreeMap<String, PathBuf>,
+    pub name: String,
+    /// Where disks are, by the disks' names.
+    #[serde(default)]
+    pub disks: BTreeMap<String, DiskPlace>,
     /// The taps behind network cards, by the cards' names.
     #[serde(default)]
     pub taps: BTreeMap<String, Tap>,
@@ -380,13 +372,16 @@ impl MachineConfig {
     /// # Errors
     /// [`ConfigError::UnknownDevice`] if `resources` names a device that the machine does not have.
     pub fn with_host_resources(mut self, resources: &HostResources) -> Result<Self, ConfigError> {
-        let HostResources { disks, taps, vhost, serial, huge_pages, dirty } = resources;
-        for (id, path) in disks {
+        let HostResources { name, disks, taps, vhost, serial, huge_pages, dirty } = resources;
+        for disk in &mut self.disks {
+            disk.place = disk.places.nearest(name).unwrap_or_else(|| disk.place.clone());
+        }
+        for (id, place) in disks {
             let known = names(self.disks.iter().map(|disk| &disk.id));
             let disk = self.disks.iter_mut().find(|disk| disk.id == *id);
             disk.ok_or_else(|| ConfigError::UnknownDevice { kind: "disk", id: id.clone(), known })?
-                .path
-                .clone_from(path);
+                .place
+                .clone_from(place);
         }
         for (id, tap) in taps {
             let known = names(self.nics.iter().map(|nic| &nic.id));

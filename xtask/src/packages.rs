@@ -7,6 +7,7 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail, ensure};
 use godwit_tests::place::Accelerator;
+use godwit_tests::scenarios::nbd;
 use guest_images::{debian, emulator, kernel, micro, tiny};
 
 /// What a nested lab is made of beside QEMU: the shell and the network tools inside, mke2fs for its root, ldd, and setpriv
@@ -28,6 +29,7 @@ pub(crate) fn for_test() -> Vec<&'static str> {
         tiny::PACKAGES,
         micro::PACKAGES,
         debian::PACKAGES,
+        nbd::PACKAGES,
         &["curl", "iputils-ping", "openssh-client"],
     ]
     .concat()

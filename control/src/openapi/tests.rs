@@ -33,7 +33,7 @@ fn types() -> BTreeMap<&'static str, Pass> {
         ($($name:ident)*) => { BTreeMap::from([$((stringify!($name), pass::<$name> as Pass)),*]) };
     }
     types! {
-        VmInfo Phase DirtyTrackerKind Stop BalloonInfo SetBalloon DiskList DiskInfo DiskCounters NicList NicInfo
+        VmInfo Phase DirtyTrackerKind Stop BalloonInfo SetBalloon DiskList DiskInfo ResizeDisk DiskBefore DiskCounters DiskPolicy WithDisks NicList NicInfo
         NicBackend NicCounters StartMigration PeerAddress OnStall MigrationMode MemoryPolicy MemoryTransfer MigrationRole MigrationState
         MigrationStep JobStarted LastMigration MigrationStatus Progress RoundInfo RoundCodecs CodecReason RoundKinds StepInfo SwitchReason GuestCost CpuTimes TargetPart
         ResolveMigration Owner Pulse Pulsed Happening Event
@@ -199,7 +199,7 @@ fn every_variant_is_described() {
     for (name, schema) in &schemas() {
         let described: BTreeSet<String> = match (&schema["enum"], &schema["oneOf"]) {
             (Value::Array(values), _) => values.iter().map(|value| value.as_str().unwrap().to_owned()).collect(),
-            (_, Value::Array(values)) => {
+            (_, Value::Array(values)) if values.iter().all(|one| one["properties"]["type"].is_object()) => {
                 values.iter().map(|one| one["properties"]["type"]["const"].as_str().unwrap().to_owned()).collect()
             }
             _ => continue,
@@ -252,10 +252,20 @@ fn what_the_types_write_is_described() {
         codec: CodecChoice::default(),
         cpu_budget: Some("0.5".parse().unwrap()),
         delta_cache_bytes: 0,
+        with_disks: WithDisks::All(DiskPolicy::After),
     };
     described("StartMigration", json!(start));
     let counters = DiskCounters::default();
-    let disk = DiskInfo { id: "blk0".into(), path: "/d".into(), bytes: 512, read_only: true, counters };
+    let before = DiskBefore { place: "/d".into(), mean_read_ms: millis, mean_write_ms: millis };
+    let disk = DiskInfo {
+        id: "blk0".into(),
+        place: "/d".into(),
+        bytes: 512,
+        missing_bytes: Some(0),
+        read_only: true,
+        counters,
+        before: Some(before),
+    };
     described("DiskList", json!(DiskList { disks: vec![disk] }));
     let nic = NicInfo {
         id: "net0".into(),

@@ -77,6 +77,7 @@ impl Handler for PlayedVm {
             | Request::Kill
             | Request::Reset
             | Request::PowerButton
+            | Request::ResizeDisk(_)
             | Request::CancelMigration
             | Request::ResolveMigration(_) => Reply::Done,
             Request::ShowBalloon => {

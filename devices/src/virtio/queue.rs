@@ -131,7 +131,7 @@ impl Chain {
     }
 }
 
-/// The length of `buffers` in bytes. A chain's is below 4 GiB.
+/// The length of `buffers` in bytes.
 #[must_use]
 pub fn total_bytes(buffers: &[Buffer]) -> usize {
     buffers.iter().map(|buffer| buffer.length as usize).sum()
@@ -217,6 +217,22 @@ impl Virtq {
     #[must_use]
     pub fn state(&self) -> QueueState {
         self.queue.state()
+    }
+
+    /// A second handle, for a thread of this process that serves the queue while this one is not used.
+    ///
+    /// # Errors
+    /// The host's refusal to duplicate a descriptor.
+    pub(crate) fn lend(&self) -> std::io::Result<Self> {
+        let queue = Queue::try_from(self.queue.state()).expect("the state of a queue makes one");
+        let notifier = self.notifier.try_clone()?;
+        Ok(Self { index: self.index, queue, ram: self.ram.clone(), notifier, hold: Arc::clone(&self.hold) })
+    }
+
+    /// Goes on where the handle that was lent has stopped.
+    pub(crate) fn take_back_lent(&mut self, lent: &Self) {
+        self.queue.set_next_avail(lent.queue.next_avail());
+        self.queue.set_next_used(lent.queue.next_used());
     }
 
     /// Takes the rings back from an accelerator that stopped at `next_avail`. Such a one completes in order, so the

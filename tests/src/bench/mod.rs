@@ -4,6 +4,7 @@
 //! Nothing here judges: a slow machine is no failure. Goals are put beside the figures by `xtask`.
 
 pub mod boot;
+pub mod disk;
 pub mod downtime;
 pub mod machine;
 pub mod migrate;

@@ -17,6 +17,8 @@ use anyhow::{Context as _, Result};
 /// Where a scenario can run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Needs {
+    /// On this host: Debian's programs, and no guest.
+    Host,
     /// Wherever `/dev/kvm` opens: micro guests only, at the speed of this host.
     Kvm,
     /// Where stock Linux guests run: on this host if it can, else in a lab.

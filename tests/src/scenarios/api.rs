@@ -164,6 +164,13 @@ fn devices(curl: &mut Curl<'_>) -> Result<()> {
     let disks = curl.json("/v1/disks")?;
     ensure!(disks["disks"][0]["id"] == "data" && disks["disks"][0]["bytes"] == 1 << 20, "{disks}");
     ensure!(disks["disks"][0]["counters"]["reads"] == 0 && disks["disks"][0]["counters"]["errors"] == 0, "{disks}");
+    curl.expect("POST", "/v1/disks/resize", Some(r#"{"id":"data","bytes":2097152}"#), 204)?;
+    let disks = curl.json("/v1/disks")?;
+    ensure!(disks["disks"][0]["bytes"] == 2 << 20, "{disks}");
+    let shorter = curl.expect("POST", "/v1/disks/resize", Some(r#"{"id":"data","bytes":512}"#), 400)?;
+    ensure!(shorter.contains("a disk can grow, but not shrink"), "{shorter}");
+    let unknown = curl.expect("POST", "/v1/disks/resize", Some(r#"{"id":"date","bytes":512}"#), 404)?;
+    ensure!(unknown.contains("date"), "{unknown}");
     let nics = curl.json("/v1/nics")?;
     ensure!(nics["nics"] == Value::Array(Vec::new()), "{nics}");
     Ok(())
@@ -269,7 +276,10 @@ fn nothing_left_out(described: &Value, called: &BTreeSet<(String, String)>) -> R
 }
 
 fn commands(context: &Context) -> Result<()> {
-    let godwit = start(context, "guest", &[])?;
+    let disk = context.work.join("disk");
+    File::create(&disk)?.set_len(1 << 20)?;
+    let disk_option = format!("path={},cache=none,queues=2,bps=1M,iops=100", disk.display());
+    let godwit = start(context, "guest", &["--disk", &disk_option])?;
     let api = godwit.folder().join("api.sock").display().to_string();
     let ask = |arguments: &[&str]| {
         println!("godwit {}", arguments.join(" "));
@@ -286,6 +296,9 @@ fn commands(context: &Context) -> Result<()> {
         let json: Value = serde_json::from_str(&ask(&[list, "--json"])?)?;
         ensure!(json[list].is_array(), "{json}");
     }
+    ask(&["resize-disk", "--id=blk0", "--size=3M"])?;
+    ensure!(fs::metadata(&disk)?.len() == 3 << 20, "The disk has not grown");
+    ensure!(ask(&["disks"])?.contains("3.00 MiB"), "The disk has not grown for people");
     metrics(&ask(&["metrics"])?)?;
     let (refused, _) = call(context, &["balloon", "--api", &api])?;
     refused.expect(1, "This VM has no balloon; start it with --balloon on")?;

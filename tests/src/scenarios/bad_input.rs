@@ -64,7 +64,7 @@ fn refused_machine(context: &Context, options: &[&str], status: i32, parts: &[&s
 }
 
 fn machines(context: &Context) -> Result<()> {
-    let numbers: [(&[&str], &[&str]); 13] = [
+    let numbers: [(&[&str], &[&str]); 17] = [
         (&["--memory=0"], &["0 bytes of memory", "give it 32 MiB to"]),
         (&["--memory=33554433"], &["33554433", "multiple of the page size 4096; 33554432 would be"]),
         (&["--memory=100000G"], &["give it 32 MiB to 524288 MiB"]),
@@ -74,8 +74,12 @@ fn machines(context: &Context) -> Result<()> {
         (&["--dirty=bitmap"], &["bitmap", "log, ring, ring:ENTRIES"]),
         (&["--dirty=ring:1000"], &["1000 entries", "power of two from 1024 to 65536"]),
         (&["--boot=fast"], &["fast", "auto, pvh, long64"]),
-        (&["--disk=path=/d,colour=blue"], &["colour", "it takes path, id, readonly"]),
-        (&["--disk=id=data"], &["--disk needs path="]),
+        (&["--disk=path=/d,colour=blue"], &["colour", "it takes path, nbd, base, remote, local@HOST, id"]),
+        (&["--disk=id=data"], &["--disk needs path=FILE"]),
+        (&["--disk=path=/d,cache=fast"], &["fast", "none of writeback, writethrough, none"]),
+        (&["--disk=path=/d,queues=0"], &["queues=", "no such number"]),
+        (&["--disk=path=/d,queues=33"], &["33 queues: give it 1 to 32"]),
+        (&["--disk=nbd=http://a/b"], &["http://a/b", "write nbd://host/export"]),
         (&["--net=tap=name-of-a-tap-that-is-too-long"], &["name-of-a-tap-that-is-too-long", "1 to 15 characters"]),
         (&["--log=vmm=loud"], &["vmm=loud", "is not a filter"]),
     ];

@@ -31,7 +31,7 @@ pub(super) const DEBIAN: Scenario = Scenario {
 const FURTHER_MOVES: usize = 9;
 
 /// How long an emulated guest may take for one command.
-const ANSWER_WITHIN: Duration = Duration::from_secs(120);
+pub(super) const ANSWER_WITHIN: Duration = Duration::from_secs(120);
 
 const MOVE_WITHIN: Duration = Duration::from_secs(120);
 
@@ -75,7 +75,7 @@ fn debian(context: &Context) -> Result<()> {
 
 /// The README's files under the names that it gives them. The disk is a device of the lab whose writes are thrown away,
 /// or a copy.
-fn link_images(context: &Context) -> Result<()> {
+pub(super) fn link_images(context: &Context) -> Result<()> {
     for image in ["vmlinux", "initramfs"] {
         symlink(context.images.join(image), context.work.join(image))?;
     }
@@ -98,7 +98,7 @@ fn with_host_tsc(commands: &str) -> String {
 }
 
 /// Waits until the guest has arrived, or the source says why it does not go.
-fn await_arrival(source: &Client, target: &Client) -> Result<()> {
+pub(super) fn await_arrival(source: &Client, target: &Client) -> Result<()> {
     let deadline = Instant::now() + MOVE_WITHIN;
     loop {
         if let Reply::Migration(LastMigration { migration: Some(arrival) }) = target.call(&Request::ShowMigration)?
@@ -126,7 +126,7 @@ fn has_fast_nic(godwit: &Godwit) -> Result<()> {
 }
 
 /// Waits for the guest's answer to a ping, at an address where the bridge knew it behind another tap.
-fn answers() -> Result<()> {
+pub(super) fn answers() -> Result<()> {
     let seconds = ANSWER_WITHIN.as_secs().to_string();
     let status = Command::new("ping").args(["-c", "1", "-w", &seconds, GUEST]).stdout(Stdio::null()).status()?;
     ensure!(status.success(), "The guest does not answer a ping within {seconds} s");
@@ -146,7 +146,7 @@ fn trouble(log: &str) -> Result<Vec<&str>> {
 }
 
 /// Runs a command in the guest, by ssh, and gives what it printed.
-fn on_guest(context: &Context, command: &str) -> Result<String> {
+pub(super) fn on_guest(context: &Context, command: &str) -> Result<String> {
     let errors = context.work.join("ssh.log");
     let mut ssh = Command::new("timeout");
     ssh.arg(ANSWER_WITHIN.as_secs().to_string()).args(["ssh", "-i"]).arg(context.work.join("ssh-key"));
@@ -164,7 +164,7 @@ fn on_guest(context: &Context, command: &str) -> Result<String> {
 }
 
 /// The bridge and the taps that the README makes; they go when the scenario is over.
-struct Network;
+pub(super) struct Network;
 
 impl Drop for Network {
     fn drop(&mut self) {

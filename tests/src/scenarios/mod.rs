@@ -9,11 +9,15 @@ mod between_hosts;
 mod boot;
 mod broken_moves;
 mod debian;
+mod debian_comes;
 mod dirty_rate;
+mod disk_lost;
+pub(crate) mod disks;
 mod ends;
 mod goals;
 mod handmade;
 mod migrate;
+pub mod nbd;
 mod passed;
 mod readme;
 mod smoke;
@@ -32,6 +36,15 @@ pub const ALL: &[Scenario] = &[
     bad_targets::SOURCES,
     api::ROUTES,
     api::COMMANDS,
+    nbd::REFUSED,
+    nbd::SERVER,
+    nbd::CLIENT,
+    nbd::KILLED,
+    disks::PLACES,
+    disks::COMES,
+    disks::STAYS,
+    disk_lost::LENDER,
+    disk_lost::RESET,
     dirty_rate::KNOWN,
     dirty_rate::ENDED,
     readme::API,
@@ -39,6 +52,8 @@ pub const ALL: &[Scenario] = &[
     readme::UPGRADE,
     readme::GOALS,
     readme::MOVES,
+    readme::DISKS,
+    readme::DISK_AFTER,
     boot::LINUX,
     migrate::MICRO,
     migrate::MICRO_TWO_REGIONS,
@@ -54,5 +69,8 @@ pub const ALL: &[Scenario] = &[
     migrate::LINUX_SMP,
     passed::LINUX,
     migrate::PULSE,
+    nbd::LINUX,
+    disks::AFTER,
     debian::DEBIAN,
+    debian_comes::COMES,
 ];

@@ -24,6 +24,24 @@ pub(super) const MOVES: Scenario = Scenario {
 };
 
 /// See its `about`.
+pub(super) const DISKS: Scenario = Scenario {
+    name: "readme-disks",
+    about: "The README's commands serve a disk and boot a guest that has it",
+    needs: Needs::LinuxGuests,
+    timeout: Duration::from_secs(60),
+    run: disks,
+};
+
+/// See its `about`.
+pub(super) const DISK_AFTER: Scenario = Scenario {
+    name: "readme-disk-after",
+    about: "The README's commands move a guest, and its disk after it",
+    needs: Needs::LinuxGuests,
+    timeout: Duration::from_secs(120),
+    run: disk_after,
+};
+
+/// See its `about`.
 pub(super) const API: Scenario = Scenario {
     name: "readme-api",
     about: "The README's curl commands work",
@@ -66,6 +84,26 @@ fn moves(context: &Context) -> Result<()> {
     let output = run(context, &context.work, &block("readme-moves")?)?;
     ensure!(output.contains("live migration completed"), "The migration is not told:\n{output}");
     ensure!(output.contains(" is running"), "The status is not told:\n{output}");
+    Ok(())
+}
+
+fn disks(context: &Context) -> Result<()> {
+    for image in ["vmlinux", "initramfs"] {
+        symlink(context.images.join(image), context.work.join(image))?;
+    }
+    let output = run(context, &context.work, &block("readme-disks")?)?;
+    let place = format!("blk0  nbd+unix:///data?socket={}", context.work.join("nbd.sock").display());
+    ensure!(output.contains("\ndata\n") && output.contains(&place), "The disk is not told:\n{output}");
+    Ok(())
+}
+
+fn disk_after(context: &Context) -> Result<()> {
+    for image in ["vmlinux", "initramfs"] {
+        symlink(context.images.join(image), context.work.join(image))?;
+    }
+    let output = run(context, &context.work, &block("readme-disk-after")?)?;
+    let place = format!("\nblk0  {}", context.work.join("there.img").display());
+    ensure!(output.contains("live migration completed") && output.contains(&place), "The disk is not told:\n{output}");
     Ok(())
 }
 

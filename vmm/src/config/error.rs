@@ -1,8 +1,7 @@
 //! What can be wrong with a machine description, each in a sentence that names the value and the remedy.
 
-use super::{MACHINE_VERSION, MAX_ID_LENGTH, MAX_MEMORY, MAX_NAME_LENGTH, MIN_MEMORY, Mac, Topology};
+use super::{MACHINE_VERSION, MAX_DISK_QUEUES, MAX_ID_LENGTH, MAX_MEMORY, MAX_NAME_LENGTH, MIN_MEMORY, Mac, Topology};
 use crate::layout::{COMMAND_LINE_SIZE, VIRTIO_GSIS};
-use std::path::PathBuf;
 use thiserror::Error;
 
 /// What is wrong with a description, and what to do.
@@ -89,16 +88,25 @@ pub enum ConfigError {
         /// The name.
         id: String,
     },
-    /// Two disks write to one file.
-    #[error("The disks {first:?} and {second:?} both use {} and one of them writes: make both read-only or copy it",
-        path.display())]
+    /// A disk has no queue, or too many.
+    #[error("Disk {id:?} cannot have {queues} queues: give it 1 to {MAX_DISK_QUEUES}")]
+    DiskQueues {
+        /// The disk.
+        id: String,
+        /// How many were asked for.
+        queues: u16,
+    },
+    /// Two disks write to one place.
+    #[error(
+        "The disks {first:?} and {second:?} both use {place} and one of them writes: make both read-only or copy it"
+    )]
     SharedDisk {
         /// The first disk.
         first: String,
         /// The second disk.
         second: String,
-        /// The file.
-        path: PathBuf,
+        /// Where both are.
+        place: String,
     },
     /// Two network cards have one tap.
     #[error("Two network cards use the tap {name:?}: every card needs its own")]

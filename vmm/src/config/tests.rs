@@ -26,7 +26,21 @@ fn machine() -> MachineConfig {
 }
 
 fn disk(id: &str, path: &str) -> Disk {
-    Disk { id: id.into(), path: path.into(), read_only: false }
+    let (cache, limits) = (DiskCache::default(), DiskLimits::default());
+    Disk {
+        id: id.into(),
+        place: file(path),
+        read_only: false,
+        cache,
+        queues: 1,
+        timeout_ms: None,
+        limits,
+        places: Places::default(),
+    }
+}
+
+fn file(path: &str) -> DiskPlace {
+    DiskPlace::File(path.into())
 }
 
 fn nic(id: &str, tap: &str, index: u8) -> Nic {
@@ -125,11 +139,15 @@ fn bad_names_are_refused() {
 fn bad_devices_are_refused() {
     let many = |m: &mut MachineConfig| m.disks = (0..18).map(|n| disk(&format!("d{n}"), &format!("/d/{n}"))).collect();
     assert_eq!(check(many), Err(ConfigError::TooManyDevices { count: 22 }));
-    assert!(matches!(check(|m| m.disks[1].path = "/d/root.img".into()), Err(ConfigError::SharedDisk { .. })));
+    assert!(matches!(check(|m| m.disks[1].place = file("/d/root.img")), Err(ConfigError::SharedDisk { .. })));
     let both_read_only = |m: &mut MachineConfig| {
-        m.disks.iter_mut().for_each(|disk| *disk = Disk { path: "/d/same".into(), read_only: true, ..disk.clone() });
+        m.disks.iter_mut().for_each(|disk| *disk = Disk { place: file("/d/same"), read_only: true, ..disk.clone() });
     };
     check(both_read_only).unwrap();
+    for queues in [0, 33] {
+        let error = ConfigError::DiskQueues { id: "root".into(), queues };
+        assert_eq!(check(|m| m.disks[0].queues = queues), Err(error));
+    }
     let existing = |name: &str| Tap::Existing(name.into());
     for name in ["", "a b", "tap%d", "a/b", "sixteen-chars-xx"] {
         assert_eq!(check(|m| m.nics[0].tap = existing(name)), Err(ConfigError::TapName { name: name.into() }));
@@ -144,7 +162,7 @@ fn bad_paths_and_command_lines_are_refused() {
     let empty = |error: Result<(), ConfigError>| matches!(error, Err(ConfigError::EmptyPath { .. }));
     assert!(empty(check(|m| m.boot.kernel = PathBuf::new())));
     assert!(empty(check(|m| m.boot.initramfs = Some(PathBuf::new()))));
-    assert!(empty(check(|m| m.disks[0].path = PathBuf::new())));
+    assert!(empty(check(|m| m.disks[0].place = file(""))));
     assert!(empty(check(|m| m.serial = Serial::File(PathBuf::new()))));
     assert!(empty(check(|m| m.serial = Serial::Socket(PathBuf::new()))));
     check(|m| m.boot.command_line = "x".repeat(COMMAND_LINE_SIZE - 1)).unwrap();
@@ -187,12 +205,12 @@ fn memory_of_the_host_is_read() {
 
 #[test]
 fn a_target_overrides_what_is_the_hosts_and_nothing_else() {
-    let json = r#"{"disks":{"data":"/e/data.img"},"taps":{"net1":{"create":"tap9"}},"vhost":"off","serial":{"file":"/l"},
+    let json = r#"{"disks":{"data":{"nbd":"nbd://e/data"}},"taps":{"net1":{"create":"tap9"}},"vhost":"off","serial":{"file":"/l"},
         "huge_pages":true,"dirty":{"ring":{"entries":1024}}}"#;
     let resources: HostResources = serde_json::from_str(json).unwrap();
     let changed = machine().with_host_resources(&resources).unwrap();
     let mut expected = machine();
-    expected.disks[1].path = "/e/data.img".into();
+    expected.disks[1].place = DiskPlace::Nbd(ExportUri("nbd://e/data".parse().unwrap()));
     expected.nics[1].tap = Tap::Create("tap9".into());
     expected.nics.iter_mut().for_each(|nic| nic.vhost = Vhost::Off);
     expected.serial = Serial::File("/l".into());
@@ -204,7 +222,7 @@ fn a_target_overrides_what_is_the_hosts_and_nothing_else() {
 
 #[test]
 fn a_target_cannot_name_devices_that_are_not_there() {
-    let disks = BTreeMap::from([("swap".to_owned(), PathBuf::from("/s"))]);
+    let disks = BTreeMap::from([("swap".to_owned(), file("/s"))]);
     let error = machine().with_host_resources(&HostResources { disks, ..HostResources::default() }).unwrap_err();
     assert_eq!(error.to_string(), r#"The machine has no disk named "swap"; it has root, data"#);
     let taps = BTreeMap::from([("net9".to_owned(), Tap::Create("t".into()))]);

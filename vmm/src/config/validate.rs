@@ -1,11 +1,12 @@
 //! The rules for a machine description: first those that hold everywhere, then those of one host.
 
 use super::{
-    Boot, ConfigError, Cpus, DirtyTracking, Disk, HostLimits, MACHINE_VERSION, MAX_ID_LENGTH, MAX_MEMORY,
-    MAX_NAME_LENGTH, MAX_VCPUS, MIN_MEMORY, MachineConfig, Memory, Nic, SERIAL_ID, Serial, Topology,
+    Boot, ConfigError, Cpus, DirtyTracking, Disk, DiskPlace, HostLimits, MACHINE_VERSION, MAX_DISK_QUEUES,
+    MAX_ID_LENGTH, MAX_MEMORY, MAX_NAME_LENGTH, MAX_VCPUS, MIN_MEMORY, MachineConfig, Memory, Nic, SERIAL_ID, Serial,
+    Topology,
 };
 use crate::layout::{COMMAND_LINE_SIZE, HUGE_PAGE_SIZE, PAGE_SIZE, VIRTIO_GSIS};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeSet, HashMap};
 use std::path::Path;
 
 impl MachineConfig {
@@ -132,14 +133,20 @@ fn ring_bytes(entries: u32) -> u64 {
 }
 
 fn validate_disks(disks: &[Disk]) -> Result<(), ConfigError> {
-    let mut seen = BTreeMap::<&Path, &Disk>::new();
+    let mut seen = HashMap::<DiskPlace, &Disk>::new();
     for disk in disks {
-        not_empty(&disk.path, &format!("disk {:?}", disk.id))?;
-        if let Some(first) = seen.insert(&disk.path, disk)
+        let written = disk.place.file().map_or_else(|| disk.place.clone(), |file| DiskPlace::File(file.to_owned()));
+        if let DiskPlace::File(path) = &written {
+            not_empty(path, &format!("disk {:?}", disk.id))?;
+        }
+        if !(1..=MAX_DISK_QUEUES).contains(&disk.queues) {
+            return Err(ConfigError::DiskQueues { id: disk.id.clone(), queues: disk.queues });
+        }
+        if let Some(first) = seen.insert(written, disk)
             && !(first.read_only && disk.read_only)
         {
             let (first, second) = (first.id.clone(), disk.id.clone());
-            return Err(ConfigError::SharedDisk { first, second, path: disk.path.clone() });
+            return Err(ConfigError::SharedDisk { first, second, place: disk.place.to_string() });
         }
     }
     Ok(())

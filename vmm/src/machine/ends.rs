@@ -1,4 +1,4 @@
-//! How the guest's end, and what is wrong with its devices, becomes known: vCPU threads, power ports and devices tell
+//! How the guest's end, and what becomes of its devices, becomes known: vCPU threads, power ports and devices tell
 //! [`Ends`], which passes it on.
 //!
 //! The first end counts, and is told once: what follows it (a triple fault after a panic) is its consequence. A migration
@@ -22,6 +22,11 @@ pub enum Notice {
         device: String,
         /// What was wrong.
         cause: String,
+    },
+    /// All of a disk has come to its file.
+    DiskWhole {
+        /// Its id.
+        disk: String,
     },
 }
 
@@ -57,6 +62,11 @@ impl Ends {
     /// Passes on that a device failed.
     pub(crate) fn on_device_failure(&self, device: &str, cause: &str) {
         (self.listener)(Notice::DeviceFailed { device: device.to_owned(), cause: cause.to_owned() });
+    }
+
+    /// Passes on that a disk has come.
+    pub(crate) fn on_whole_disk(&self, disk: &str) {
+        (self.listener)(Notice::DiskWhole { disk: disk.to_owned() });
     }
 
     fn tell(&self, end: GuestEnd) {

@@ -5,6 +5,7 @@
 
 use super::MachineError;
 use super::chassis::Chassis;
+use super::disks::{Disks, blk_parts};
 use super::ends::Ends;
 use super::line::SerialLine;
 use super::resources::{Resources, net_parts};
@@ -17,7 +18,7 @@ use crate::seccomp;
 use crate::vcpu::Buses;
 use devices::power::{PM_PORTS, PowerEvent, PowerManagement, PowerParts, PowerPort};
 use devices::virtio::balloon::{Balloon, BalloonParts};
-use devices::virtio::blk::{Blk, BlkParts};
+use devices::virtio::blk::Blk;
 use devices::virtio::mmio::{Mmio, MmioParts};
 use devices::virtio::net::{MacAddress, Net, Tap};
 use devices::virtio::rng::Rng;
@@ -80,14 +81,14 @@ impl Fittings {
     ) -> Result<(Self, Buses), MachineError> {
         let mut fitter =
             Fitter { chassis, origin, buses: Buses::default(), all: Vec::new(), windows: 0, shared_worker, ends };
-        let Resources { disks, taps } = resources;
+        let Resources { disks: Disks { backends, coming: _ }, taps } = resources;
         let disks = config
             .disks
             .iter()
-            .zip(disks)
+            .zip(backends)
             .map(|(disk, backend)| {
-                let parts = BlkParts { backend: Box::new(backend), serial: disk.id.clone() };
-                fitter.virtio(&disk.id, Some(&disk.id), parts, |parts| Ok(Blk::new(parts)))
+                // Its queues have threads of their own.
+                fitter.virtio(&disk.id, None, blk_parts(disk, backend), |parts| Ok(Blk::new(parts)?))
             })
             .collect::<Result<_, _>>()?;
         let kept_taps = duplicate(&taps)?;

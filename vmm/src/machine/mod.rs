@@ -9,32 +9,37 @@
 //! stand. To drop: vCPUs, devices, VM.
 
 mod chassis;
+mod disks;
 mod ends;
 mod error;
 mod fittings;
 mod line;
 mod resources;
 
+pub(crate) use disks::file_options;
+pub use disks::{DiskLocks, OpenError};
 pub use ends::{Notice, NoticeListener};
 pub use error::MachineError;
 pub use line::{LineError, LineInput, SerialLine};
-pub use resources::{DiskLocks, ResourceError, Resources};
+pub use resources::{ResourceError, Resources};
 
 use crate::acpi;
 use crate::boot::{self, entry};
-use crate::config::MachineConfig;
+use crate::config::{DiskPlace, MachineConfig};
 use crate::cpuid::{self, GuestCpu};
 use crate::kvm::KvmHost;
 use crate::memory::GuestMemory;
 use crate::seccomp;
 use crate::state;
 use crate::vcpu::{Crew, GuestEnd, VcpuEvents, Vcpus};
+use block::LayeredBackend;
 use chassis::Chassis;
 use devices::virtio::balloon::Balloon;
 use devices::virtio::blk::Blk;
 use devices::virtio::mmio::Mmio;
 use devices::virtio::net::Net;
 use devices::{Device, Worker};
+use disks::{Coming, Disks};
 use ends::Ends;
 use fittings::{Fittings, Origin};
 use kvm_ioctls::VcpuFd;
@@ -134,12 +139,15 @@ impl EmptyMachine {
     }
 
     fn assemble(self, origin: Origin<'_>, cpu: GuestCpu) -> Result<Machine, MachineError> {
-        let Self { config, threads, vcpus, chassis, resources, line, ends } = self;
+        let Self { config, threads, vcpus, chassis, mut resources, line, ends } = self;
         let Threads { crew, devices } = threads;
         let starts = matches!(origin, Origin::PowerOn);
+        let coming = std::mem::take(&mut resources.disks.coming);
         let (fittings, buses) = Fittings::build(&chassis, &config, resources, origin, devices, &line, &ends)?;
         let vcpus = Vcpus::seat(crew, vcpus, &Arc::new(buses), &(Arc::clone(&ends) as Arc<dyn VcpuEvents>))?;
-        let machine = Machine { vcpus, fittings, line, chassis, ends, config, cpu, stance: Stance::Standing };
+        let came = Vec::new();
+        let machine =
+            Machine { vcpus, fittings, coming, came, line, chassis, ends, config, cpu, stance: Stance::Standing };
         if starts {
             // Devices from saved state stand already; these are made to, so that both kinds are led alike from here.
             machine.quiesce_devices()?;
@@ -175,6 +183,10 @@ pub struct Machine {
     // In the order in which they must be dropped.
     vcpus: Vcpus,
     fittings: Fittings,
+    /// Disks that are partly elsewhere.
+    coming: Vec<Coming>,
+    /// Disks that are all here, which those who lent them may not have heard yet.
+    came: Vec<Coming>,
     line: Arc<SerialLine>,
     chassis: Chassis,
     ends: Arc<Ends>,
@@ -214,8 +226,9 @@ impl Machine {
         self.ends.first()
     }
 
-    /// Lets devices and vCPUs work. Nothing happens if they do.
+    /// Lets devices and vCPUs work, and what is missing of disks come. Nothing happens if they do.
     pub fn run(&mut self) {
+        self.coming.iter_mut().for_each(|coming| coming.fetch(&self.ends));
         if self.stance == Stance::Standing {
             self.fittings.each().for_each(Device::resume);
             self.vcpus.run();
@@ -287,11 +300,11 @@ impl Machine {
     pub fn pulse(mut self, host: &KvmHost, listener: NoticeListener) -> Result<(Self, u64), MachineError> {
         self.stand()?;
         let state = self.save()?.encode();
-        let Self { vcpus, fittings, line, chassis, ends, config, cpu, stance: _ } = self;
+        let Self { vcpus, fittings, coming, came, line, chassis, ends, config, cpu, stance: _ } = self;
         let (memory, taps) = (chassis.memory().clone(), fittings.duplicate_taps()?);
         // The last of them takes the VM along, so that its interrupts' descriptors can be bound to the next.
-        drop((vcpus, fittings, ends, chassis));
-        let disks = Resources::open_disks(&config, DiskLocks::Take)?;
+        drop((vcpus, fittings, coming, came, ends, chassis));
+        let disks = Disks::open(&config, DiskLocks::Take).map_err(ResourceError::from)?;
         let machine = EmptyMachine::around(host, config, memory, Resources { disks, taps }, line, listener)?;
         let bytes = state.len() as u64;
         Ok((machine.restore(SavedState::decode(&state)?, cpu)?, bytes))
@@ -375,6 +388,29 @@ impl Machine {
     #[must_use]
     pub fn disks(&self) -> &[Arc<Mmio<Blk>>] {
         &self.fittings.disks
+    }
+
+    /// The disks of which something is elsewhere, by their ids.
+    pub fn coming_disks(&self) -> impl Iterator<Item = (&str, &Arc<LayeredBackend>)> {
+        self.coming.iter().map(|coming| (coming.id.as_str(), &coming.disk))
+    }
+
+    /// Takes note of disks that have come: each is in its file from now on. Whether there were any.
+    pub fn settle_disks(&mut self) -> bool {
+        let (whole, coming): (Vec<_>, Vec<_>) =
+            std::mem::take(&mut self.coming).into_iter().partition(|coming| coming.disk.is_whole());
+        self.coming = coming;
+        self.came.retain(|came| !came.is_over());
+        for Coming { id, .. } in &whole {
+            for disk in self.config.disks.iter_mut().filter(|disk| disk.id == *id) {
+                if let DiskPlace::Layered(layer) = &disk.place {
+                    disk.place = DiskPlace::File(layer.file.clone());
+                }
+            }
+        }
+        let any = !whole.is_empty();
+        self.came.extend(whole);
+        any
     }
 
     /// The NICs, in the order of the configuration.

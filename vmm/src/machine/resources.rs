@@ -1,9 +1,9 @@
 //! What a machine uses of its host: disks and taps. Opened before anything is built, so that what is missing
 //! is told early, and at the target of a migration before the source has sent a page.
 
-use crate::config::{Disk, MachineConfig, Nic, Tap as TapChoice, Vhost as VhostChoice};
+use super::disks::{DiskLocks, Disks, OpenError};
+use crate::config::{MachineConfig, Nic, Tap as TapChoice, Vhost as VhostChoice};
 use devices::GuestRam;
-use devices::virtio::blk::{Access, DiskError, FileBackend};
 use devices::virtio::net::{NetParts, Tap, TapError, Vhost, VhostError, VhostMode};
 use std::path::Path;
 use thiserror::Error;
@@ -13,7 +13,7 @@ use thiserror::Error;
 pub enum ResourceError {
     /// A disk.
     #[error(transparent)]
-    Disk(#[from] DiskError),
+    Disk(#[from] OpenError),
     /// A tap.
     #[error(transparent)]
     Tap(#[from] TapError),
@@ -36,19 +36,10 @@ pub enum ResourceError {
     },
 }
 
-/// Whether the locks of disks are free.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum DiskLocks {
-    /// Take them now.
-    Take,
-    /// The source of a migration still holds them; they are taken with the guest.
-    Leave,
-}
-
 /// What is open of a machine's host resources.
 #[derive(Debug)]
 pub struct Resources {
-    pub(crate) disks: Vec<FileBackend>,
+    pub(crate) disks: Disks,
     pub(crate) taps: Vec<Tap>,
 }
 
@@ -58,14 +49,9 @@ impl Resources {
     /// # Errors
     /// [`ResourceError`]; what was opened is closed again.
     pub fn open(config: &MachineConfig, locks: DiskLocks) -> Result<Self, ResourceError> {
-        let disks = Self::open_disks(config, locks)?;
+        let disks = Disks::open(config, locks)?;
         let taps = config.nics.iter().map(open_tap).collect::<Result<_, _>>()?;
         Ok(Self { disks, taps })
-    }
-
-    /// Opens the disks of `config` alone.
-    pub(crate) fn open_disks(config: &MachineConfig, locks: DiskLocks) -> Result<Vec<FileBackend>, ResourceError> {
-        config.disks.iter().map(|disk| Ok(open_disk(disk, locks)?)).collect()
     }
 }
 
@@ -77,14 +63,6 @@ pub(crate) fn net_parts(nic: &Nic, tap: Tap, ram: &GuestRam) -> Result<NetParts,
         VhostChoice::Off => VhostMode::Off,
     };
     Ok(NetParts { vhost: Vhost::open(mode, ram)?, port: Box::new(tap) })
-}
-
-fn open_disk(disk: &Disk, locks: DiskLocks) -> Result<FileBackend, DiskError> {
-    let access = if disk.read_only { Access::ReadOnly } else { Access::ReadWrite };
-    match locks {
-        DiskLocks::Take => FileBackend::open(&disk.path, access),
-        DiskLocks::Leave => FileBackend::open_unlocked(&disk.path, access),
-    }
 }
 
 fn open_tap(nic: &Nic) -> Result<Tap, ResourceError> {
@@ -112,17 +90,5 @@ mod tests {
         assert!(error.to_string().contains("create=no-such-tap"), "{error}");
         let error = open_tap(&nic(TapChoice::Create("lo".into()))).unwrap_err();
         assert!(error.to_string().contains("tap=lo"), "{error}");
-    }
-
-    #[test]
-    fn a_disk_is_opened_with_and_without_its_lock() {
-        let file = tempfile::NamedTempFile::new().unwrap();
-        file.as_file().set_len(4096).unwrap();
-        let disk = Disk { id: "blk0".into(), path: file.path().into(), read_only: false };
-        let held = open_disk(&disk, DiskLocks::Take).unwrap();
-        assert!(matches!(open_disk(&disk, DiskLocks::Take), Err(DiskError::Locked { .. })));
-        open_disk(&disk, DiskLocks::Leave).unwrap();
-        drop(held);
-        open_disk(&disk, DiskLocks::Take).unwrap();
     }
 }

@@ -4,7 +4,7 @@ use super::link::{SocketLink, poll};
 use super::tcp;
 use control::{ControlSocket, PeerAddress, SocketError};
 use std::io;
-use std::net::{TcpListener, TcpStream, ToSocketAddrs};
+use std::net::{IpAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
@@ -71,6 +71,8 @@ pub struct Dialled {
     pub link: SocketLink,
     /// Where it goes, without a name that may stand for several hosts: so that one more goes there, too.
     pub exactly: PeerAddress,
+    /// This host's end of it, where it goes over a network.
+    pub here: Option<IpAddr>,
 }
 
 /// Connects to the Godwit that waits at `address`, by TCP with the congestion control of this name, if there is one. Each
@@ -86,7 +88,7 @@ pub fn dial(address: &PeerAddress, congestion: Option<&str>, within: Duration) -
         PeerAddress::Unix(_) if congestion.is_some() => Err(AddressUseError::NoTcp { address: address.clone() }),
         PeerAddress::Unix(path) => {
             let link = UnixStream::connect(path).map_err(unreachable)?.into();
-            Ok(Dialled { link, exactly: address.clone() })
+            Ok(Dialled { link, exactly: address.clone(), here: None })
         }
         PeerAddress::Tcp { host, port } => {
             let unknown = || AddressUseError::UnknownHost { address: address.clone() };
@@ -98,9 +100,10 @@ pub fn dial(address: &PeerAddress, congestion: Option<&str>, within: Duration) -
                             Some(name) => AddressUseError::Congestion { name: name.to_owned(), source },
                             None => unreachable(source),
                         })?;
+                        let here = stream.local_addr().map_err(unreachable)?.ip();
                         let link = SocketLink::try_from(stream).map_err(unreachable)?;
                         let exactly = PeerAddress::Tcp { host: candidate.ip().to_string(), port: candidate.port() };
-                        return Ok(Dialled { link, exactly });
+                        return Ok(Dialled { link, exactly, here: Some(here) });
                     }
                     Err(source) => last = unreachable(source),
                 }
@@ -221,8 +224,9 @@ mod tests {
 
     fn meets(address: &str) {
         let listener = Listener::bind(&address.parse().unwrap()).unwrap();
-        let Dialled { link: mut near, exactly } = dial(&listener.address(), None, DIAL_WITHIN).unwrap();
+        let Dialled { link: mut near, exactly, here } = dial(&listener.address(), None, DIAL_WITHIN).unwrap();
         assert_eq!(exactly, listener.address());
+        assert_eq!(here.is_some(), address.starts_with("tcp"));
         let mut far = listener.accept().unwrap().unwrap();
         near.send(b"x", &[]).unwrap();
         let mut byte = [0];

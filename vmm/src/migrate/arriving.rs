@@ -1,16 +1,21 @@
 //! A machine on its way in: what the migration engine does with this host at the target.
 
-use super::offer::MachineOffer;
+use super::offer::{ComingDisk, MachineOffer};
 use super::ownership::OwnershipError;
-use crate::config::{ConfigError, HostLimits, HostResources, MachineConfig, Memory};
+use crate::config::{ConfigError, DiskPlace, HostLimits, HostResources, Layer, MachineConfig, Memory, Places};
 use crate::cpuid::{self, GuestCpu};
 use crate::kvm::KvmHost;
 use crate::machine::{DiskLocks, EmptyMachine, Machine, MachineError, NoticeListener, Resources, SerialLine};
 use crate::memory::{GuestMemory, MemoryError};
+use block::layered::is_partial;
+use control::DiskBefore;
 use migration::{Offer, RamRegion, Refusal, TargetHost, in_words};
 use saved::{SavedError, SavedState};
+use std::collections::BTreeMap;
 use std::fmt;
+use std::fs::File;
 use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use thiserror::Error;
 
@@ -43,6 +48,17 @@ enum Unsuited {
     Ownership(#[from] OwnershipError),
     #[error(transparent)]
     Memory(#[from] MemoryError),
+    #[error(
+        "Disk {id:?} comes after the guest, and this host has no file for it: name one by `godwit receive --disk {id}=FILE`"
+    )]
+    NoFile { id: String },
+    #[error(
+        "Disk {id:?} comes after the guest to {}, where something is left of a move that has not ended: remove it and {}.map, or name another file",
+        file.display(), file.display()
+    )]
+    Left { id: String, file: PathBuf },
+    #[error("There are {free} bytes free for disk {id:?} at {}, and it takes {space}: make room, or name another file", file.display())]
+    NoRoom { id: String, file: PathBuf, free: u64, space: u64 },
     #[error("The memory regions offered are not those of a machine with {bytes} bytes of memory")]
     Regions { bytes: u64 },
 }
@@ -62,6 +78,9 @@ pub trait Recipient: Send {
     /// # Errors
     /// No record of it can be kept.
     fn let_in(&mut self, config: &MachineConfig, offer: &Offer<'_>) -> Result<(), OwnershipError>;
+
+    /// Hears what the machine's disks were like at the source, by their ids.
+    fn hear_of_disks(&mut self, before: BTreeMap<String, DiskBefore>);
 
     /// Takes the machine, whose guest goes on from now on. The source does not hear of it before this has returned.
     fn take(&mut self, machine: Machine);
@@ -98,8 +117,8 @@ impl Arriving {
     }
 
     fn build(&mut self, offer: &Offer<'_>, passed: Option<OwnedFd>) -> Result<(Stage, GuestMemory), Unsuited> {
-        let MachineOffer { machine, cpu, running } = serde_json::from_slice(offer.machine)?;
-        let config = machine.with_host_resources(&self.resources)?;
+        let MachineOffer { machine, cpu, running, coming, before } = serde_json::from_slice(offer.machine)?;
+        let config = lay_over(machine.with_host_resources(&self.resources)?, coming, &self.resources.name)?;
         config.validate()?;
         config.validate_for(HostLimits::of(&self.host.capabilities())?)?;
         let supported = self.host.supported_cpuid().map_err(MachineError::from)?;
@@ -114,10 +133,46 @@ impl Arriving {
             return Err(Unsuited::Regions { bytes });
         }
         self.recipient.let_in(&config, offer)?;
+        self.recipient.hear_of_disks(before);
         let (line, listener) = (Arc::clone(&self.line), Arc::clone(&self.listener));
         let machine = EmptyMachine::around(&self.host, config, memory.clone(), resources, line, listener)?;
         Ok((Stage::Empty { machine: Box::new(machine), cpu, running }, memory))
     }
+}
+
+/// The machine with the disks that come after it laid over where they come from, in the files that they have at `host`.
+fn lay_over(mut config: MachineConfig, coming: Vec<ComingDisk>, host: &str) -> Result<MachineConfig, Unsuited> {
+    for ComingDisk { id, base, lent, space } in coming {
+        let Some(disk) = config.disks.iter_mut().find(|disk| disk.id == id) else {
+            return Err(Unsuited::NoFile { id });
+        };
+        let file = match &disk.place {
+            DiskPlace::File(file) => Some(file),
+            // It is not there yet, as a file that is to be made should not be.
+            DiskPlace::Nbd(_) | DiskPlace::Layered(_) => disk.places.local.get(host),
+        };
+        let Some(file) = file.cloned() else { return Err(Unsuited::NoFile { id }) };
+        // What was begun for the same disk before is of another moment of it.
+        if is_partial(&file) {
+            return Err(Unsuited::Left { id, file });
+        }
+        if let (Some(space), Some(free)) = (space, room_for(&file))
+            && space > free
+        {
+            return Err(Unsuited::NoRoom { id, file, free, space });
+        }
+        disk.place = DiskPlace::Layered(Layer { file, base, lent });
+        // From now on no other place has what the guest writes.
+        disk.places = Places::default();
+    }
+    Ok(config)
+}
+
+/// How many bytes may be written to a file that is to be made; `None` if the host does not tell.
+fn room_for(file: &Path) -> Option<u64> {
+    let folder = File::open(file.parent()?).ok()?;
+    let system = rustix::fs::fstatvfs(&folder).ok()?;
+    system.f_bavail.checked_mul(system.f_frsize)
 }
 
 impl TargetHost for Arriving {
@@ -162,5 +217,45 @@ impl TargetHost for Arriving {
 
     fn abandon(&mut self, _: &str) {
         self.stage = Stage::Nothing;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{Disk, DiskCache, DiskLimits};
+    use tempfile::TempDir;
+
+    fn comes_to(file: &Path, space: Option<u64>) -> Result<MachineConfig, Unsuited> {
+        let json = r#"{"version":1,"name":"m","uuid":"00000000-0000-0000-0000-000000000000","cpus":{"count":1},
+            "memory":{"bytes":33554432},"boot":{"kernel":"/k"}}"#;
+        let mut config: MachineConfig = serde_json::from_str(json).unwrap();
+        config.disks.push(Disk {
+            id: "data".into(),
+            place: DiskPlace::File(file.to_owned()),
+            read_only: false,
+            cache: DiskCache::default(),
+            queues: 1,
+            timeout_ms: None,
+            limits: DiskLimits::default(),
+            places: Places { remote: None, local: [("here".to_owned(), file.to_owned())].into() },
+        });
+        let base = "nbd://127.0.0.1:9/data".to_owned().try_into().unwrap();
+        lay_over(config, vec![ComingDisk { id: "data".into(), base, lent: true, space }], "here")
+    }
+
+    #[test]
+    fn a_disk_comes_where_there_is_room_and_nothing_else() {
+        let folder = TempDir::new().unwrap();
+        let file = folder.path().join("disk.img");
+        let config = comes_to(&file, Some(4096)).unwrap();
+        assert!(matches!(config.disks[0].place, DiskPlace::Layered(_)));
+        assert!(config.disks[0].places.is_empty(), "it is nowhere else from then on");
+        let told = comes_to(&file, Some(u64::MAX)).unwrap_err().to_string();
+        assert!(told.contains("bytes free for disk") && told.contains("make room"), "{told}");
+        comes_to(&file, None).unwrap();
+        std::fs::write(folder.path().join("disk.img.map"), []).unwrap();
+        let told = comes_to(&file, None).unwrap_err().to_string();
+        assert!(told.contains("a move that has not ended"), "{told}");
     }
 }

@@ -1,11 +1,14 @@
 //! A machine on its way out: what the migration engine does with it at the source.
 
+use super::lending::Lending;
 use super::offer::MachineOffer;
 use super::ownership::{Owner, Ownership, OwnershipError};
 use crate::machine::{Machine, MachineError};
 use crate::memory::GuestMemory;
-use control::PeerAddress;
+use control::{DiskBefore, Millis, PeerAddress};
 use migration::{Description, DirtyLedger, SourceGuest};
+use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::Duration;
 use thiserror::Error;
 use uuid::Uuid;
@@ -31,13 +34,15 @@ pub struct Leaving {
     running: bool,
     ownership: Ownership,
     to: PeerAddress,
+    /// Disks that come after it.
+    lending: Option<Arc<Lending>>,
 }
 
 impl Leaving {
-    /// Prepares `machine` to leave to `to`. `ownership` is the guest's record.
+    /// Prepares `machine` to leave to `to`. `ownership` is the guest's record; `lending` has the disks that come after it.
     #[must_use]
-    pub fn new(machine: Machine, ownership: Ownership, to: PeerAddress) -> Self {
-        Self { running: machine.is_running(), machine, ownership, to }
+    pub fn new(machine: Machine, ownership: Ownership, to: PeerAddress, lending: Option<Arc<Lending>>) -> Self {
+        Self { running: machine.is_running(), machine, ownership, to, lending }
     }
 
     /// The machine that stays after all.
@@ -53,6 +58,26 @@ impl Leaving {
     }
 }
 
+/// What the disks of `machine` are like here.
+fn before(machine: &Machine) -> BTreeMap<String, DiskBefore> {
+    let disks = machine.config().disks.iter().zip(machine.disks());
+    disks
+        .map(|(config, disk)| {
+            let counts = disk.with(|disk, _| disk.counters().now());
+            let mean = |sum: Duration, count: u64| {
+                let count = u32::try_from(count).unwrap_or(u32::MAX);
+                sum.checked_div(count).map(Millis::from)
+            };
+            let before = DiskBefore {
+                place: config.place.to_string(),
+                mean_read_ms: mean(counts.read_time, counts.reads),
+                mean_write_ms: mean(counts.write_time, counts.writes),
+            };
+            (config.id.clone(), before)
+        })
+        .collect()
+}
+
 impl SourceGuest for Leaving {
     type Error = LeaveError;
     type Memory = GuestMemory;
@@ -66,6 +91,8 @@ impl SourceGuest for Leaving {
             machine: self.machine.config().clone(),
             cpu: self.machine.cpu().clone(),
             running: self.running,
+            before: before(&self.machine),
+            coming: self.lending.iter().flat_map(|lending| lending.offered()).cloned().collect(),
         };
         Ok(Description {
             vm: self.machine.config().uuid,
@@ -121,6 +148,7 @@ impl SourceGuest for Leaving {
     }
 
     fn reacquire(&mut self) -> Result<(), LeaveError> {
+        self.lending.iter().for_each(|lending| lending.end());
         Ok(self.machine.reacquire()?)
     }
 

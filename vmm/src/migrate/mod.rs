@@ -6,6 +6,7 @@ pub mod claims;
 pub mod feasibility;
 mod handle;
 pub mod leaving;
+pub mod lending;
 pub mod link;
 pub mod offer;
 pub mod ownership;

@@ -90,6 +90,12 @@ impl Ownership {
         written.map_err(|source| OwnershipError::Folder { path: state_dir.to_owned(), source })
     }
 
+    /// The folder of this host's records.
+    #[must_use]
+    pub fn folder(&self) -> &Path {
+        self.path.parent().unwrap_or(&self.path)
+    }
+
     /// Where the record lies.
     #[must_use]
     pub fn path(&self) -> &Path {

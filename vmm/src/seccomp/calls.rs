@@ -9,15 +9,16 @@ use libc::{
     SYS_eventfd2, SYS_exit, SYS_exit_group, SYS_faccessat, SYS_fallocate, SYS_fchmod, SYS_fcntl, SYS_fdatasync,
     SYS_flock, SYS_fstat, SYS_fstatfs, SYS_fsync, SYS_ftruncate, SYS_futex, SYS_getcwd, SYS_getdents64, SYS_getegid,
     SYS_geteuid, SYS_getgid, SYS_getpeername, SYS_getpid, SYS_getrandom, SYS_getsockname, SYS_getsockopt, SYS_gettid,
-    SYS_gettimeofday, SYS_getuid, SYS_ioctl, SYS_listen, SYS_lseek, SYS_lstat, SYS_madvise, SYS_membarrier,
-    SYS_memfd_create, SYS_mkdir, SYS_mkdirat, SYS_mmap, SYS_mprotect, SYS_mremap, SYS_munmap, SYS_nanosleep,
-    SYS_newfstatat, SYS_open, SYS_openat, SYS_poll, SYS_ppoll, SYS_prctl, SYS_pread64, SYS_preadv, SYS_prlimit64,
-    SYS_pwrite64, SYS_pwritev, SYS_read, SYS_readlink, SYS_readlinkat, SYS_readv, SYS_recvfrom, SYS_recvmsg,
-    SYS_rename, SYS_renameat, SYS_renameat2, SYS_restart_syscall, SYS_rseq, SYS_rt_sigaction, SYS_rt_sigprocmask,
-    SYS_rt_sigreturn, SYS_sched_getaffinity, SYS_sched_yield, SYS_seccomp, SYS_sendmmsg, SYS_sendmsg, SYS_sendto,
-    SYS_set_robust_list, SYS_set_tid_address, SYS_setsockopt, SYS_shutdown, SYS_sigaltstack, SYS_socket,
-    SYS_socketpair, SYS_stat, SYS_statx, SYS_tgkill, SYS_time, SYS_timerfd_create, SYS_timerfd_gettime,
-    SYS_timerfd_settime, SYS_uname, SYS_unlink, SYS_unlinkat, SYS_write, SYS_writev,
+    SYS_gettimeofday, SYS_getuid, SYS_io_uring_enter, SYS_io_uring_register, SYS_io_uring_setup, SYS_ioctl, SYS_listen,
+    SYS_lseek, SYS_lstat, SYS_madvise, SYS_membarrier, SYS_memfd_create, SYS_mkdir, SYS_mkdirat, SYS_mmap,
+    SYS_mprotect, SYS_mremap, SYS_munmap, SYS_nanosleep, SYS_newfstatat, SYS_open, SYS_openat, SYS_poll, SYS_ppoll,
+    SYS_prctl, SYS_pread64, SYS_preadv, SYS_prlimit64, SYS_pwrite64, SYS_pwritev, SYS_read, SYS_readlink,
+    SYS_readlinkat, SYS_readv, SYS_recvfrom, SYS_recvmsg, SYS_rename, SYS_renameat, SYS_renameat2, SYS_restart_syscall,
+    SYS_rseq, SYS_rt_sigaction, SYS_rt_sigprocmask, SYS_rt_sigreturn, SYS_sched_getaffinity, SYS_sched_yield,
+    SYS_seccomp, SYS_sendmmsg, SYS_sendmsg, SYS_sendto, SYS_set_robust_list, SYS_set_tid_address, SYS_setsockopt,
+    SYS_shutdown, SYS_sigaltstack, SYS_socket, SYS_socketpair, SYS_stat, SYS_statx, SYS_tgkill, SYS_time,
+    SYS_timerfd_create, SYS_timerfd_gettime, SYS_timerfd_settime, SYS_uname, SYS_unlink, SYS_unlinkat, SYS_write,
+    SYS_writev,
 };
 use seccompiler::{SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompRule};
 use std::collections::BTreeMap;
@@ -193,7 +194,20 @@ impl Permits {
                 SYS_fallocate,
                 SYS_fstat,
                 SYS_statx,
+                SYS_sendmsg,
+                SYS_recvfrom,
+                SYS_io_uring_enter,
+                // A connection that is made again.
+                SYS_epoll_create1,
+                SYS_timerfd_create,
             ])
+            // And one that is broken off.
+            .call_if(SYS_setsockopt, equal(2, libc::SO_LINGER.unsigned_abs().into()))
+    }
+
+    /// Rings of io_uring, which disks' channels on files are.
+    fn disk_channels(self) -> Self {
+        self.calls(&[SYS_io_uring_setup, SYS_io_uring_register])
     }
 
     /// Sockets that clients connect to.
@@ -205,6 +219,33 @@ impl Permits {
 
     pub(super) fn worker() -> Self {
         Self::device_work().plain_mappings()
+    }
+
+    /// Names' addresses are in files, or asked for.
+    pub(super) fn dialler() -> Self {
+        Self::of_any_thread()
+            .mappings()
+            .dialling()
+            .calls(&[SYS_open, SYS_openat, SYS_stat, SYS_newfstatat, SYS_fstat, SYS_lseek, SYS_uname, SYS_access])
+            .calls(&[SYS_recvfrom, SYS_recvmsg, SYS_sendto, SYS_sendmsg, SYS_shutdown])
+            .calls(&[SYS_setsockopt, SYS_getsockopt, SYS_getsockname, SYS_getpeername])
+            .ioctls(&[libc::FIONBIO, libc::FIONREAD])
+    }
+
+    /// Clients are strangers, and each has a thread and a channel.
+    pub(super) fn disk_server() -> Self {
+        Self::device_work().plain_mappings().clients().confined_threads().disk_channels().calls(&[
+            SYS_setsockopt,
+            SYS_getsockname,
+            SYS_getpeername,
+            SYS_unlink,
+            SYS_unlinkat,
+        ])
+    }
+
+    /// The map of what is there goes when all is.
+    pub(super) fn disk_puller() -> Self {
+        Self::device_work().plain_mappings().calls(&[SYS_unlink, SYS_unlinkat])
     }
 
     pub(super) fn console() -> Self {
@@ -257,18 +298,25 @@ impl Permits {
         self.confined_threads()
             // The signal that kicks vCPUs; see `vcpu::kick`.
             .call_if(SYS_rt_sigaction, equal(0, libc::SIGRTMIN().unsigned_abs().into()))
-            .calls(&[SYS_memfd_create, SYS_fstatfs, SYS_timerfd_create, SYS_epoll_create1])
-            .call_if(SYS_socket, equal(0, libc::AF_UNIX.unsigned_abs().into()))
+            .calls(&[SYS_memfd_create, SYS_fstatfs])
+            .disk_channels()
+            // The servers of disks, too.
+            .dialling()
             .ioctls(&[libc::SIOCGIFINDEX, libc::SIOCGIFFLAGS, libc::SIOCSIFFLAGS])
             .ioctls(&[libc::TUNSETIFF, libc::TUNSETVNETHDRSZ, libc::TUNGETFEATURES])
     }
 
     pub(super) fn migrate_source() -> Self {
-        Self::leading().dialling().confined_threads()
+        Self::leading()
+            .dialling()
+            .confined_threads()
+            .and(Self::disk_server())
+            .and(Self::disk_puller())
+            .calls(&[SYS_listen])
     }
 
     pub(super) fn migrate_target() -> Self {
-        Self::leading().building()
+        Self::leading().building().and(Self::disk_puller())
     }
 
     /// The door of a target's streams, too: it lets links in, and starts a thread for each.
@@ -282,7 +330,7 @@ impl Permits {
     }
 
     pub(super) fn service() -> Self {
-        Self::leading().dialling().building().calls(&[SYS_socketpair, SYS_listen])
+        Self::migrate_source().and(Self::migrate_target()).calls(&[SYS_socketpair])
     }
 
     /// `clone3`, whose flags lie in memory that a filter does not read.

@@ -2,7 +2,8 @@
 //!
 //! The service switches this on before it starts anything; each thread then calls [`enter`] as the first thing it does.
 //! A guest that breaks out into a thread finds no way to run a program, to trace another process or to load code. The
-//! lists are in [`calls`](self), and the handler that names a forbidden call is in `trap`.
+//! lists are in [`calls`](self), and the handler that names a forbidden call is in `trap`. Rings of io_uring, whose work no
+//! filter sees, are made by the threads that build machines or serve disks, and take nothing but reads and writes of a disk.
 //! One thread goes without: `cpuid` asks KVM one question at the start, and is gone before the guest runs.
 //!
 //! | kind | may, beside what the Rust and C libraries need | why |
@@ -12,10 +13,13 @@
 //! | `console` | epoll; accept and hear clients; remove its socket; terminal modes | the serial line's other end |
 //! | `api` | epoll; accept and talk on sockets; start its helper threads | the HTTP server |
 //! | `throttle` | nothing more | sends vCPUs to nap by a signal |
-//! | `migrate-source` | all of `vcpu`, `worker` and `console`; any KVM call; dial, ask for a name's address; files; threads | leads a machine, writes the ownership record |
-//! | `migrate-target` | the same but for dialling; accept; make a VM, memory, taps and threads | builds a machine |
+//! | `migrate-source` | all of `vcpu`, `worker`, `console` and `nbd-client`; any KVM call; dial, ask for a name's address; listen; files; threads | leads a machine, lends its disks, writes the ownership record |
+//! | `migrate-target` | the same; accept; make a VM, memory, taps and threads | builds a machine |
 //! | `migrate-stream` | talk on sockets; accept; find holes in memory; threads | one stream of a migration; the door that they come through |
 //! | `service` | all of both migrations; take boot files and sockets away | leads, resets and pulses machines |
+//! | `nbd-dial` | dial, ask for a name's address | connects to the servers of disks |
+//! | `nbd-listen`, `nbd-client` | all of `worker`; accept and talk on sockets; threads; remove its socket | `disk serve`, disks that are lent |
+//! | `disk-pull` | all of `worker`; take a map away | brings a disk to its file |
 //! | `signals` | read its socket | waits for SIGTERM |
 //!
 //! A thread inherits its parent's filter and adds its own, and the kernel takes the stricter answer of the two. So
@@ -93,6 +97,12 @@ pub enum ThreadKind {
     MigrateTarget,
     /// Moves pages over one stream of a migration, or lets streams in.
     MigrateStream,
+    /// Connects to the servers of disks.
+    Dialler,
+    /// Serves disks to clients, or lets clients in.
+    DiskServer,
+    /// Brings a disk to its file.
+    DiskPuller,
     /// The main thread, once everything has been started.
     Service,
     /// Waits for signals.
@@ -100,7 +110,7 @@ pub enum ThreadKind {
 }
 
 impl ThreadKind {
-    const ALL: [Self; 10] = [
+    const ALL: [Self; 13] = [
         Self::Vcpu,
         Self::Worker,
         Self::Console,
@@ -109,6 +119,9 @@ impl ThreadKind {
         Self::MigrateSource,
         Self::MigrateTarget,
         Self::MigrateStream,
+        Self::Dialler,
+        Self::DiskServer,
+        Self::DiskPuller,
         Self::Service,
         Self::Signals,
     ];
@@ -123,6 +136,9 @@ impl ThreadKind {
             Self::MigrateSource => Permits::migrate_source(),
             Self::MigrateTarget => Permits::migrate_target(),
             Self::MigrateStream => Permits::migrate_stream(),
+            Self::Dialler => Permits::dialler(),
+            Self::DiskServer => Permits::disk_server(),
+            Self::DiskPuller => Permits::disk_puller(),
             Self::Service => Permits::service(),
             Self::Signals => Permits::signals(),
         }
@@ -131,8 +147,9 @@ impl ThreadKind {
     /// What is declined with ENOSYS rather than forbidden.
     fn declines(self) -> Option<Permits> {
         match self {
-            Self::Vcpu | Self::Worker | Self::Console | Self::Throttle | Self::Signals => None,
-            Self::Api | Self::MigrateStream => Some(Permits::unseen_clones()),
+            Self::Vcpu | Self::Worker | Self::Console | Self::Throttle | Self::DiskPuller | Self::Signals => None,
+            Self::Api | Self::MigrateStream | Self::DiskServer => Some(Permits::unseen_clones()),
+            Self::Dialler => Some(Permits::executable_mappings()),
             Self::MigrateSource | Self::MigrateTarget | Self::Service => {
                 Some(Permits::unseen_clones().and(Permits::executable_mappings()))
             }
@@ -190,6 +207,21 @@ pub fn enter(kind: ThreadKind) {
 /// [`enter`] for a device's worker, in the shape that `devices` takes.
 pub fn enter_worker() {
     enter(ThreadKind::Worker);
+}
+
+/// [`enter`] for a thread that connects to the servers of disks, in the shape that `block` takes.
+pub fn enter_dialler() {
+    enter(ThreadKind::Dialler);
+}
+
+/// [`enter`] for a thread that serves disks, in the same shape.
+pub fn enter_disk_server() {
+    enter(ThreadKind::DiskServer);
+}
+
+/// [`enter`] for a thread that brings a disk, in the same shape.
+pub fn enter_disk_puller() {
+    enter(ThreadKind::DiskPuller);
 }
 
 /// [`enter`] for the thread of the serial console, in the same shape.

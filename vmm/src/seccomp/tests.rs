@@ -92,12 +92,15 @@ fn a_program_of_another_architecture_ends() {
 
 #[test]
 fn arguments_decide() {
-    use ThreadKind::{Api, MigrateSource, MigrateStream, MigrateTarget, Service, Signals, Vcpu, Worker};
+    use ThreadKind::{
+        Api, Dialler, DiskPuller, DiskServer, MigrateSource, MigrateStream, MigrateTarget, Service, Signals, Vcpu,
+        Worker,
+    };
     assert!(permits(Vcpu, SYS_ioctl, second(KVM_RUN)));
     assert!(!permits(Vcpu, SYS_ioctl, second(KVM_CREATE_VM)));
     assert!(permits(MigrateTarget, SYS_ioctl, second(KVM_CREATE_VM)));
     assert!(!permits(Worker, SYS_ioctl, second(KVM_RUN)));
-    for kind in [Vcpu, Worker, Api, MigrateStream, Signals] {
+    for kind in [Vcpu, Worker, Api, MigrateStream, Signals, DiskServer] {
         assert!(permits(kind, SYS_mmap, [0, 4096, 3, 0, 0, 0]));
         assert!(!permits(kind, SYS_mmap, [0, 4096, 5, 0, 0, 0]), "{kind:?} maps code");
         assert!(!permits(kind, SYS_openat, [0; 6]), "{kind:?} opens files");
@@ -107,7 +110,13 @@ fn arguments_decide() {
         assert!(permits(MigrateSource, SYS_socket, first(family)));
     }
     assert!(!permits(MigrateSource, SYS_socket, first(17)), "packet sockets");
-    assert!(!permits(MigrateTarget, SYS_socket, first(2)));
+    assert!(permits(MigrateTarget, SYS_socket, first(2)), "the servers of disks");
+    for kind in [Vcpu, Worker, Api, MigrateStream, Signals, Dialler, DiskPuller] {
+        assert!(!permits(kind, libc::SYS_io_uring_setup, [0; 6]), "{kind:?} makes rings");
+    }
+    for kind in [Worker, Service, DiskServer] {
+        assert!(permits(kind, libc::SYS_io_uring_enter, [0; 6]));
+    }
     assert!(permits(Service, SYS_clone, first(THREAD | 0x100)));
     assert!(permits(MigrateSource, SYS_clone, first(THREAD)));
     assert!(!permits(Vcpu, SYS_clone, first(THREAD)));
@@ -132,11 +141,15 @@ fn what_libraries_do_without_is_declined() {
 /// A thread has its parent's filter too: what a kind permits, those that start threads of this kind must permit.
 #[test]
 fn parents_permit_what_their_children_do() {
-    use ThreadKind::{Console, MigrateSource, MigrateStream, MigrateTarget, Service, Throttle, Vcpu, Worker};
+    use ThreadKind::{
+        Console, Dialler, DiskPuller, DiskServer, MigrateSource, MigrateStream, MigrateTarget, Service, Throttle, Vcpu,
+        Worker,
+    };
     let heirs = [
-        (Service, [Vcpu, Worker, MigrateSource].as_slice()),
-        (MigrateTarget, &[Vcpu, Worker, MigrateStream]),
-        (MigrateSource, &[MigrateStream, Throttle]),
+        (Service, [Vcpu, Worker, MigrateSource, Dialler, DiskPuller].as_slice()),
+        (MigrateTarget, &[Vcpu, Worker, MigrateStream, Dialler, DiskPuller]),
+        (DiskServer, &[DiskServer, Worker]),
+        (MigrateSource, &[MigrateStream, Throttle, DiskServer]),
         // The console's pump runs on its own thread from the start; whoever drops the line does its work.
         (Service, &[Console, Throttle]),
     ];

@@ -5,10 +5,11 @@
 
 use crate::config::{DirtyTracking, MachineConfig};
 use crate::machine::Machine;
+use block::layered::Missing;
 use control::{
-    API_VERSION, BalloonInfo, DirtyRate, DirtyTrackerKind, DiskCounters, DiskInfo, DiskList, Events, Happening, JobId,
-    LastDirtyRate, LastMigration, MeasurementState, MeasurementStatus, MigrationStatus, NicBackend, NicCounters,
-    NicInfo, NicList, Phase, VmInfo,
+    API_VERSION, BalloonInfo, DirtyRate, DirtyTrackerKind, DiskBefore, DiskCounters, DiskInfo, DiskList, Events,
+    Happening, JobId, LastDirtyRate, LastMigration, MeasurementState, MeasurementStatus, MigrationStatus, NicBackend,
+    NicCounters, NicInfo, NicList, Phase, VmInfo,
 };
 use devices::virtio::balloon::Balloon;
 use devices::virtio::blk::{BlkCounters, BlkCounts};
@@ -26,6 +27,8 @@ struct Notes {
     machine: Option<MachineNotes>,
     migration: Option<MoveNotes>,
     measurement: Option<MeasurementStatus>,
+    /// What the disks were like at the host that the guest came from.
+    disks_before: BTreeMap<String, DiskBefore>,
 }
 
 /// What is posted of a machine.
@@ -43,6 +46,8 @@ struct MachineNotes {
 struct DiskNotes {
     bytes: u64,
     counters: Arc<BlkCounters>,
+    /// How much of it is elsewhere, if anything.
+    missing: Option<Missing>,
 }
 
 /// What is posted of a migration.
@@ -62,7 +67,7 @@ pub(crate) struct Board {
 
 impl Board {
     pub(crate) fn new(phase: Phase, events: Events) -> Self {
-        let notes = Notes { phase, machine: None, migration: None, measurement: None };
+        let notes = Notes { phase, machine: None, migration: None, measurement: None, disks_before: BTreeMap::new() };
         Self { notes: Arc::new(Mutex::new(notes)), events, started: (Instant::now(), SystemTime::now()) }
     }
 
@@ -85,8 +90,16 @@ impl Board {
 
     /// Posts the machine that is here now, and whether its guest runs.
     pub(crate) fn post_machine(&self, machine: &Machine) {
-        let disks = machine.disks().iter().map(|disk| {
-            disk.with(|disk, _| DiskNotes { bytes: disk.backend().capacity(), counters: Arc::clone(disk.counters()) })
+        self.post_devices(machine);
+        self.enter(if machine.is_running() { Phase::Running } else { Phase::Paused });
+    }
+
+    /// Posts the machine's devices and where they are.
+    pub(crate) fn post_devices(&self, machine: &Machine) {
+        let coming: BTreeMap<_, _> = machine.coming_disks().collect();
+        let disks = machine.config().disks.iter().zip(machine.disks()).map(|(config, disk)| {
+            let missing = coming.get(config.id.as_str()).map(|disk| disk.missing());
+            disk.with(|disk, _| DiskNotes { bytes: disk.capacity(), counters: Arc::clone(disk.counters()), missing })
         });
         let notes = MachineNotes {
             config: machine.config().clone(),
@@ -95,7 +108,21 @@ impl Board {
             balloon: machine.balloon().cloned(),
         };
         self.notes().machine = Some(notes);
-        self.enter(if machine.is_running() { Phase::Running } else { Phase::Paused });
+    }
+
+    /// Posts what the disks of a guest that is coming were like at its source.
+    pub(crate) fn note_disks_before(&self, before: BTreeMap<String, DiskBefore>) {
+        self.notes().disks_before = before;
+    }
+
+    /// Posts that a disk has become longer.
+    pub(crate) fn note_disk_length(&self, id: &str, bytes: u64) {
+        let mut notes = self.notes();
+        let Some(MachineNotes { config, disks, .. }) = &mut notes.machine else { return };
+        let disk = config.disks.iter().zip(disks).find(|(disk, _)| disk.id == id);
+        if let Some((_, notes)) = disk {
+            notes.bytes = bytes;
+        }
     }
 
     /// Posts a migration that begins.
@@ -191,12 +218,16 @@ impl Board {
     pub(crate) fn disks(&self) -> DiskList {
         let notes = self.notes();
         let disks = notes.machine.iter().flat_map(|machine| {
-            machine.config.disks.iter().zip(&machine.disks).map(|(disk, DiskNotes { bytes, counters })| DiskInfo {
-                id: disk.id.clone(),
-                path: disk.path.display().to_string(),
-                bytes: *bytes,
-                read_only: disk.read_only,
-                counters: disk_counters(counters.now()),
+            machine.config.disks.iter().zip(&machine.disks).map(|(disk, DiskNotes { bytes, counters, missing })| {
+                DiskInfo {
+                    id: disk.id.clone(),
+                    place: disk.place.to_string(),
+                    bytes: *bytes,
+                    missing_bytes: missing.as_ref().map(Missing::bytes),
+                    read_only: disk.read_only,
+                    counters: disk_counters(counters.now()),
+                    before: notes.disks_before.get(&disk.id).cloned(),
+                }
             })
         });
         DiskList { disks: disks.collect() }
@@ -234,8 +265,9 @@ impl Board {
 }
 
 fn disk_counters(counts: BlkCounts) -> DiskCounters {
-    let BlkCounts { reads, read_bytes, writes, written_bytes, flushes, errors } = counts;
-    DiskCounters { reads, read_bytes, writes, written_bytes, flushes, errors }
+    let BlkCounts { reads, read_bytes, writes, written_bytes, flushes, errors, read_time, write_time } = counts;
+    let (read_time_ms, write_time_ms) = (read_time.into(), write_time.into());
+    DiskCounters { reads, read_bytes, writes, written_bytes, flushes, errors, read_time_ms, write_time_ms }
 }
 
 fn nic_counters(counts: NetCounts) -> NicCounters {

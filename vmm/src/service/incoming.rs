@@ -15,13 +15,14 @@ use crate::migrate::link::{SocketCutter, SocketLink};
 use crate::migrate::ownership::OwnershipError;
 use crate::seccomp::{self, ThreadKind};
 use control::{
-    JobId, MigrationMode, MigrationRole, MigrationState, MigrationStatus, MigrationStep, PeerAddress, Phase,
+    DiskBefore, JobId, MigrationMode, MigrationRole, MigrationState, MigrationStatus, MigrationStep, PeerAddress, Phase,
 };
 use migration::target::Further;
 use migration::{
     Arrival, Cutter, Fault, HostClock, Link, LinkError, Mode, Observer, Offer, Progress, RamRegion, Reception, Refusal,
     TargetHost, Unobserved, in_words, target,
 };
+use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -222,6 +223,10 @@ impl Recipient for ToService {
         self.board.begin_migration(status(JobId(offer.session), self.peer.clone(), offer.mode));
         self.board.enter(Phase::Incoming);
         Ok(())
+    }
+
+    fn hear_of_disks(&mut self, before: BTreeMap<String, DiskBefore>) {
+        self.board.note_disks_before(before);
     }
 
     fn take(&mut self, machine: Machine) {

@@ -1,27 +1,36 @@
 //! What Prometheus is told: the board's figures as metrics.
 
 use super::board::Board;
-use control::{DiskCounters, Family, Label, MetricKind, MetricName, Metrics, NicCounters, Phase, Sample, Value};
+use control::{
+    DiskCounters, Family, Label, MetricKind, MetricName, Metrics, Millis, NicCounters, Phase, Sample, Value,
+};
+use std::time::Duration;
 
 /// A counter of a device: its metric, what it means, and where it is.
-type Column<T> = (&'static str, &'static str, fn(&T) -> u64);
+type Column<T> = (&'static str, &'static str, fn(&T) -> Value);
 
-const DISK: [Column<DiskCounters>; 6] = [
-    ("godwit_disk_reads_total", "Reads that succeeded", |counters| counters.reads),
-    ("godwit_disk_read_bytes_total", "Bytes read", |counters| counters.read_bytes),
-    ("godwit_disk_writes_total", "Writes that succeeded", |counters| counters.writes),
-    ("godwit_disk_written_bytes_total", "Bytes written", |counters| counters.written_bytes),
-    ("godwit_disk_flushes_total", "Flushes that succeeded", |counters| counters.flushes),
-    ("godwit_disk_errors_total", "Requests that failed", |counters| counters.errors),
+const DISK: [Column<DiskCounters>; 8] = [
+    ("godwit_disk_reads_total", "Reads that succeeded", |disk| Value::Integer(disk.reads)),
+    ("godwit_disk_read_bytes_total", "Bytes read", |disk| Value::Integer(disk.read_bytes)),
+    ("godwit_disk_read_seconds_total", "Time that reads took", |disk| seconds(disk.read_time_ms)),
+    ("godwit_disk_writes_total", "Writes that succeeded", |disk| Value::Integer(disk.writes)),
+    ("godwit_disk_written_bytes_total", "Bytes written", |disk| Value::Integer(disk.written_bytes)),
+    ("godwit_disk_write_seconds_total", "Time that writes took", |disk| seconds(disk.write_time_ms)),
+    ("godwit_disk_flushes_total", "Flushes that succeeded", |disk| Value::Integer(disk.flushes)),
+    ("godwit_disk_errors_total", "Requests that failed", |disk| Value::Integer(disk.errors)),
 ];
 
 const NIC: [Column<NicCounters>; 5] = [
-    ("godwit_nic_received_packets_total", "Packets to the guest", |counters| counters.received_packets),
-    ("godwit_nic_received_bytes_total", "Bytes to the guest", |counters| counters.received_bytes),
-    ("godwit_nic_sent_packets_total", "Packets from the guest", |counters| counters.sent_packets),
-    ("godwit_nic_sent_bytes_total", "Bytes from the guest", |counters| counters.sent_bytes),
-    ("godwit_nic_dropped_packets_total", "Packets dropped, both ways", |counters| counters.dropped_packets),
+    ("godwit_nic_received_packets_total", "Packets to the guest", |nic| Value::Integer(nic.received_packets)),
+    ("godwit_nic_received_bytes_total", "Bytes to the guest", |nic| Value::Integer(nic.received_bytes)),
+    ("godwit_nic_sent_packets_total", "Packets from the guest", |nic| Value::Integer(nic.sent_packets)),
+    ("godwit_nic_sent_bytes_total", "Bytes from the guest", |nic| Value::Integer(nic.sent_bytes)),
+    ("godwit_nic_dropped_packets_total", "Packets dropped, both ways", |nic| Value::Integer(nic.dropped_packets)),
 ];
+
+fn seconds(time: Millis) -> Value {
+    Value::Float(Duration::from(time).as_secs_f64())
+}
 
 /// All metrics.
 pub(super) fn of(board: &Board) -> Metrics {
@@ -61,7 +70,7 @@ fn families<T>(label: &'static str, columns: &[Column<T>], devices: &[(String, T
             .iter()
             .map(|(id, counters)| Sample {
                 labels: vec![Label { name: MetricName::new(label), value: id.clone() }],
-                value: Value::Integer(value(counters)),
+                value: value(counters),
             })
             .collect(),
     };

@@ -7,6 +7,7 @@
 //!  run:      Here ---start--> Away (a migration thread has it) --moved--> end
 //!  receive:  Expected --arrived--> Here     ^--still ours--'   '--in doubt--> InDoubt --asked or settled--> ...
 //! ```
+//! Who has moved away with disks that come after the guest ends when the target has them: until then it is `Lent`.
 
 mod board;
 mod desk;
@@ -29,6 +30,7 @@ use crate::machine::{
 };
 use crate::migrate::claims::ClaimRecord;
 use crate::migrate::leaving::Leaving;
+use crate::migrate::lending::Lending;
 use crate::migrate::ownership::{Owner, Ownership};
 use crate::seccomp::{self, Seccomp, ThreadKind};
 use crate::vcpu::GuestEnd;
@@ -65,6 +67,8 @@ pub(crate) enum Message {
     Arrived(Box<Machine>),
     /// A migration into here failed.
     NotArrived(String),
+    /// The target needs nothing of a disk any more that was lent to it.
+    DiskFree,
 }
 
 /// What `run` and `receive` share.
@@ -105,6 +109,8 @@ enum Holding {
     InDoubt { doubt: Box<InDoubt<Leaving>>, ask_at: Instant },
     /// A thread that asks the target; an operator's word that comes meanwhile waits for it.
     Asking,
+    /// The target, which reads disks from here that it does not have yet.
+    Lent,
 }
 
 /// Where a guest goes.
@@ -112,6 +118,8 @@ enum Holding {
 struct Journey {
     job: JobId,
     to: PeerAddress,
+    /// Disks that come after it.
+    lending: Option<Arc<Lending>>,
 }
 
 /// One Godwit process.
@@ -288,41 +296,77 @@ impl Service {
                 // The client may have given up waiting.
                 let _ = answer.send(answered);
                 if killed {
-                    return Ok(Some(Ended::Quit("ended by request")));
+                    return Ok(Some(self.quit("ended by request")));
                 }
             }
             Message::Noticed(generation, _) if generation != self.generation => {}
             Message::Noticed(_, Notice::DeviceFailed { device, cause }) => {
                 self.board.events().publish(Happening::DeviceNeedsReset { device, cause });
             }
+            Message::Noticed(_, Notice::DiskWhole { disk }) => {
+                self.settle_disks();
+                self.board.events().publish(Happening::DiskWhole { disk });
+                return Ok(self.end.take().and_then(|end| self.guest_ended(end)));
+            }
             Message::Noticed(_, Notice::Ended(end)) => match &mut self.holding {
-                Holding::Here(_) => return Ok(Some(Ended::Guest(end))),
+                Holding::Here(_) => return Ok(self.guest_ended(end)),
                 Holding::Away(outgoing) => {
                     outgoing.cancel();
                     self.end = Some(end);
                 }
-                Holding::Expected | Holding::InDoubt { .. } | Holding::Asking => self.end = Some(end),
+                Holding::Expected | Holding::InDoubt { .. } | Holding::Asking | Holding::Lent => self.end = Some(end),
             },
-            Message::Quit(why) => return Ok(Some(Ended::Quit(why))),
+            Message::Quit(why) => return Ok(Some(self.quit(why))),
             Message::Lost(why) => return Ok(Some(Ended::Lost(why))),
             Message::Left(departure) => return Ok(self.on_left(departure)),
             Message::Arrived(machine) => {
                 self.holding = Holding::Here(machine);
-                if let Some(end) = self.end.take() {
-                    return Ok(Some(Ended::Guest(end)));
-                }
+                self.settle_disks();
+                return Ok(self.end.take().and_then(|end| self.guest_ended(end)));
             }
+            Message::DiskFree => return Ok(self.on_free_disk()),
             Message::NotArrived(why) if self.once => return Err(ServiceError::NotArrived(why)),
             Message::NotArrived(why) => tracing::warn!(why, "no guest has arrived; waiting for the next"),
         }
         Ok(None)
     }
 
+    /// The guest has ended here. Its disks are waited for, if they are not all here: nobody else brings them.
+    pub(super) fn guest_ended(&mut self, end: GuestEnd) -> Option<Ended> {
+        let ended = Ended::Guest(end.clone());
+        match &self.holding {
+            Holding::Here(machine) if machine.coming_disks().next().is_some() => {
+                tracing::info!("The guest has ended; what is missing of its disks comes before this process ends");
+                self.say_that_it_ended(&ended);
+                (self.end, self.force_stop_at) = (Some(end), None);
+                None
+            }
+            _ => Some(ended),
+        }
+    }
+
+    /// The end that somebody wants.
+    fn quit(&mut self, why: &'static str) -> Ended {
+        match (&self.holding, &self.journey, self.end.take()) {
+            (Holding::Lent, Some(Journey { to, .. }), _) => {
+                tracing::warn!(
+                    "The target does not have all of the guest's disks, and reads nothing from here any more"
+                );
+                Ended::MovedAway(to.clone())
+            }
+            (Holding::Here(_), _, Some(end)) => {
+                tracing::warn!("Not all of the guest's disks is here");
+                Ended::Guest(end)
+            }
+            _ => Ended::Quit(why),
+        }
+    }
+
     fn wakes_at(&self) -> Option<Instant> {
         let due = match &self.holding {
             Holding::InDoubt { ask_at, .. } => Some(*ask_at),
             Holding::Away(outgoing) => outgoing.cut_at(),
-            Holding::Expected | Holding::Here(_) | Holding::Asking => None,
+            Holding::Expected | Holding::Here(_) | Holding::Asking | Holding::Lent => None,
         };
         [due, self.forced_stop(), self.measures_at()].into_iter().flatten().min()
     }
@@ -343,7 +387,7 @@ impl Service {
             Holding::Away(outgoing) if handed_over => outgoing.let_come(),
             Holding::Away(outgoing) => outgoing.cut_if_due(),
             Holding::InDoubt { .. } => self.ask_target(),
-            Holding::Expected | Holding::Here(_) | Holding::Asking => {}
+            Holding::Expected | Holding::Here(_) | Holding::Asking | Holding::Lent => {}
         }
         None
     }
@@ -376,6 +420,8 @@ impl Service {
         self.end_measurement("The guest has ended");
         let settled = match &self.holding {
             Holding::Here(_) | Holding::Expected => true,
+            // The journey is over when the target has all of the disks. Before that they are not this host's to use.
+            Holding::Lent => self.journey.is_none(),
             Holding::Away(_) | Holding::Asking => matches!(ended, Ended::MovedAway(_)),
             Holding::InDoubt { .. } => false,
         };
@@ -386,11 +432,18 @@ impl Service {
         {
             tracing::warn!(error = in_words(&error), "the ownership record stays");
         }
-        if let Some((reason, message)) = ended.reason() {
+        self.say_that_it_ended(&ended);
+        ended
+    }
+
+    /// Tells those who watch, once.
+    fn say_that_it_ended(&self, ended: &Ended) {
+        if let Some((reason, message)) = ended.reason()
+            && self.board.phase() != Phase::Ended
+        {
             self.board.enter(Phase::Ended);
             self.board.events().publish(Happening::GuestEnded { reason, message });
         }
-        ended
     }
 }
 

@@ -6,12 +6,13 @@ use super::outgoing::{self, Departure, Outgoing};
 use super::requests::not_here;
 use super::watcher::{begun, post_failure, post_report};
 use super::{Ended, Holding, Journey, Message, Service};
+use crate::config::Disk;
 use crate::machine::Machine;
 use crate::migrate::feasibility::{self, Infeasible};
 use crate::migrate::leaving::Leaving;
 use control::{
-    ApiError, JobId, JobStarted, MemoryPolicy, MigrationRole, MigrationState, MigrationStep, PeerAddress, Phase, Reply,
-    StartMigration,
+    ApiError, DiskPolicy, JobId, JobStarted, MemoryPolicy, MigrationRole, MigrationState, MigrationStep, PeerAddress,
+    Phase, Reply, StartMigration, WithDisks,
 };
 use migration::wire::FrameError;
 use migration::{Failed, HostClock, InDoubt, Outcome, SourceError, in_words};
@@ -23,6 +24,8 @@ const ASK_EVERY: Duration = Duration::from_secs(2);
 impl Service {
     pub(super) fn start_migration(&mut self, request: &StartMigration) -> Result<Reply, ApiError> {
         check_memory_policy(request)?;
+        self.settle_disks();
+        let disks = self.disks_to_move(&request.with_disks)?;
         let job = JobId::random().map_err(|error| ApiError::failed(&error))?;
         if let (Holding::Here(machine), true) = (&self.holding, certainly_copies(request)) {
             let checked = feasibility::check(machine.memory(), request, outgoing::codecs(request.codec));
@@ -42,9 +45,9 @@ impl Service {
         let step = MigrationStep::Connecting;
         self.board.begin_migration(begun(job, MigrationRole::Source, request.to.clone(), request.mode, step));
         let ownership = self.ownership(machine.config().uuid);
-        match Outgoing::start(machine, request, job, ownership, self.board.clone(), self.inbox.0.clone()) {
+        match Outgoing::start(machine, request, job, ownership, disks, self.board.clone(), self.inbox.0.clone()) {
             Ok(outgoing) => {
-                self.journey = Some(Journey { job, to: request.to.clone() });
+                self.journey = Some(Journey { job, to: request.to.clone(), lending: None });
                 self.holding = Holding::Away(outgoing);
                 Ok(Reply::Started(JobStarted { job }))
             }
@@ -59,29 +62,86 @@ impl Service {
 
     pub(super) fn on_left(&mut self, departure: Departure) -> Option<Ended> {
         match departure {
-            Departure::Unreachable(machine, error) => self.stays(machine, MigrationState::Failed, in_words(&error)),
-            Departure::Decided(outcome) => match *outcome {
-                Outcome::HandedOver(report) => {
-                    self.board.enter(Phase::MovedAway);
-                    post_report(&self.board, &report);
-                    self.journey.take().map(|journey| Ended::MovedAway(journey.to))
+            Departure::NotBegun(machine, error) => self.stays(machine, MigrationState::Failed, in_words(&*error)),
+            Departure::Decided(outcome, lending) => {
+                if let (Some(journey), Some(lending)) = (&mut self.journey, lending) {
+                    journey.lending = Some(lending);
                 }
-                Outcome::StillOurs(Failed { cause, guest, stuck }) => {
-                    let state = match cause {
-                        SourceError::Cancelled => MigrationState::Cancelled,
-                        _ => MigrationState::Failed,
-                    };
-                    let mut words = in_words(&cause) + remedy(&cause);
-                    if let Some(stuck) = stuck {
-                        words += &format!(". The guest is still here, but {}", in_words(&stuck));
-                    }
-                    self.stays(Box::new(guest.into_machine()), state, words)
+                self.on_decided(*outcome)
+            }
+        }
+    }
+
+    fn on_decided(&mut self, outcome: Outcome<Leaving>) -> Option<Ended> {
+        match outcome {
+            Outcome::HandedOver(report) => {
+                self.board.enter(Phase::MovedAway);
+                post_report(&self.board, &report);
+                self.holding = Holding::Lent;
+                self.on_free_disk()
+            }
+            Outcome::StillOurs(Failed { cause, guest, stuck }) => {
+                let state = match cause {
+                    SourceError::Cancelled => MigrationState::Cancelled,
+                    _ => MigrationState::Failed,
+                };
+                let mut words = in_words(&cause) + remedy(&cause);
+                if let Some(stuck) = stuck {
+                    words += &format!(". The guest is still here, but {}", in_words(&stuck));
                 }
-                Outcome::InDoubt(doubt) => {
-                    self.doubts(doubt);
-                    None
-                }
-            },
+                self.stays(Box::new(guest.into_machine()), state, words)
+            }
+            Outcome::InDoubt(doubt) => {
+                self.doubts(doubt);
+                None
+            }
+        }
+    }
+
+    /// Ends, if the guest has moved away and the target needs nothing from here any more.
+    pub(super) fn on_free_disk(&mut self) -> Option<Ended> {
+        let free = |journey: &Journey| journey.lending.as_ref().is_none_or(|lending| lending.is_free());
+        if !matches!(self.holding, Holding::Lent) {
+            return None;
+        }
+        if !self.journey.as_ref().is_some_and(free) {
+            tracing::info!("The guest has moved; its disks are read from here until the target has all of them");
+            return None;
+        }
+        self.journey.take().map(|journey| Ended::MovedAway(journey.to))
+    }
+
+    /// Takes note of disks that have come to this host.
+    pub(super) fn settle_disks(&mut self) {
+        if let Holding::Here(machine) = &mut self.holding
+            && machine.settle_disks()
+        {
+            self.board.post_devices(machine);
+        }
+    }
+
+    /// The disks of the machine that go along with it.
+    fn disks_to_move(&self, with: &WithDisks) -> Result<Vec<Disk>, ApiError> {
+        let Holding::Here(machine) = &self.holding else { return Err(not_here()) };
+        if let Some((id, disk)) = machine.coming_disks().next() {
+            let message = format!(
+                "Disk {id} is still coming to this host: {} bytes are missing. Move the guest when it is here",
+                disk.missing().bytes()
+            );
+            return Err(ApiError::Failed { message });
+        }
+        let invalid = |reason| ApiError::InvalidValue { field: "with_disks", reason };
+        let disks = &machine.config().disks;
+        match with {
+            WithDisks::All(DiskPolicy::After) => Ok(disks.iter().filter(|disk| !disk.read_only).cloned().collect()),
+            WithDisks::Each(each) => {
+                let find = |id: &String| match disks.iter().find(|disk| disk.id == *id) {
+                    Some(disk) if disk.read_only => Err(invalid(format!("disk {id:?} is read-only, and not moved"))),
+                    Some(disk) => Ok(disk.clone()),
+                    None => Err(invalid(format!("there is no disk {id:?}"))),
+                };
+                each.iter().map(|(id, DiskPolicy::After)| find(id)).collect()
+            }
         }
     }
 
@@ -105,9 +165,10 @@ impl Service {
     /// The guest is this host's after all.
     fn stays(&mut self, machine: Box<Machine>, state: MigrationState, why: String) -> Option<Ended> {
         tracing::warn!(why, "the guest has not moved");
+        self.journey.iter_mut().for_each(|journey| journey.lending = None);
         self.keep(machine);
         self.post_failure(state, why);
-        self.end.take().map(Ended::Guest)
+        self.end.take().and_then(|end| self.guest_ended(end))
     }
 
     fn post_failure(&self, state: MigrationState, why: String) {
@@ -124,7 +185,7 @@ impl Service {
             control::Owner::Source => migration::Owner::Source,
             control::Owner::Target => migration::Owner::Target,
         };
-        let settled = Departure::Decided(Box::new(doubt.settle(owner, &HostClock::new())));
+        let settled = Departure::Decided(Box::new(doubt.settle(owner, &HostClock::new())), None);
         let _ = self.inbox.0.send(Message::Left(settled));
         Ok(Reply::Done)
     }

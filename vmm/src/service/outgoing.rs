@@ -3,17 +3,19 @@
 use super::Message;
 use super::board::Board;
 use super::watcher::Watcher;
+use crate::config::Disk;
 use crate::machine::Machine;
-use crate::migrate::address::{AddressUseError, DIAL_WITHIN, Dialled, dial};
+use crate::migrate::address::{DIAL_WITHIN, Dialled, dial};
 use crate::migrate::leaving::Leaving;
+use crate::migrate::lending::{Lending, OnFree};
 use crate::migrate::link::SocketCutter;
 use crate::migrate::ownership::Ownership;
 use crate::seccomp::{self, ThreadKind};
 use control::{CodecChoice, CpuBudget, JobId, MigrationMode, PeerAddress, StartMigration};
 use migration::codec::block::{Packing, ZstdLevel};
 use migration::{
-    CancelToken, Codecs, Cutter, Further, Goal, HostClock, InDoubt, Link, LinkError, MemoryPolicy, Mode, OnStall,
-    Outcome, Plan, Surroundings, source,
+    CancelToken, Codecs, Cutter, Further, Goal, HostClock, HostError, InDoubt, Link, LinkError, MemoryPolicy, Mode,
+    OnStall, Outcome, Plan, Surroundings, source,
 };
 use std::io;
 use std::num::NonZeroU16;
@@ -25,10 +27,10 @@ use std::time::{Duration, Instant};
 /// How a migration out of here ended.
 #[derive(Debug)]
 pub(crate) enum Departure {
-    /// The target could not be reached; the machine never noticed.
-    Unreachable(Box<Machine>, AddressUseError),
-    /// The engine's word.
-    Decided(Box<Outcome<Leaving>>),
+    /// The target could not be reached, or the disks not be lent; the machine never noticed.
+    NotBegun(Box<Machine>, HostError),
+    /// The engine's word, and what is lent from here on.
+    Decided(Box<Outcome<Leaving>>, Option<Arc<Lending>>),
 }
 
 /// How long a cancelled migration may take to notice. It cannot while a target that hangs takes no more bytes.
@@ -44,13 +46,14 @@ pub(crate) struct Outgoing {
 }
 
 impl Outgoing {
-    /// Gives `machine` to a thread that moves it as `request` says; the end comes as [`Message::Left`]. If the host has
-    /// no thread, the machine comes back at once.
+    /// Gives `machine` to a thread that moves it as `request` says, and after it these disks; the end comes as
+    /// [`Message::Left`]. If the host has no thread, the machine comes back at once.
     pub(crate) fn start(
         machine: Box<Machine>,
         request: &StartMigration,
         job: JobId,
         ownership: Ownership,
+        disks: Vec<Disk>,
         board: Board,
         inbox: Sender<Message>,
     ) -> Result<Self, (Box<Machine>, io::Error)> {
@@ -61,6 +64,8 @@ impl Outgoing {
             to: request.to.clone(),
             congestion: request.congestion.clone(),
             ownership,
+            disks,
+            inbox: inbox.clone(),
             cancel: cancel.clone(),
             cutter: Arc::clone(&cutter),
         };
@@ -112,17 +117,29 @@ struct Journey {
     to: PeerAddress,
     congestion: Option<String>,
     ownership: Ownership,
+    /// Those that go after the machine.
+    disks: Vec<Disk>,
+    inbox: Sender<Message>,
     cancel: CancelToken,
     cutter: Arc<OnceLock<SocketCutter>>,
 }
 
 impl Journey {
     fn make(self, machine: Box<Machine>, mut watcher: Watcher) -> Departure {
-        let Self { plan, to, congestion, ownership, cancel, cutter } = self;
-        let Dialled { mut link, exactly } = match dial(&to, congestion.as_deref(), plan.timeout.unwrap_or(DIAL_WITHIN))
-        {
+        let Self { plan, to, congestion, ownership, disks, inbox, cancel, cutter } = self;
+        let dialled = dial(&to, congestion.as_deref(), plan.timeout.unwrap_or(DIAL_WITHIN));
+        let Dialled { mut link, exactly, here } = match dialled {
             Ok(dialled) => dialled,
-            Err(error) => return Departure::Unreachable(machine, error),
+            Err(error) => return Departure::NotBegun(machine, error.into()),
+        };
+        let on_free: OnFree = Arc::new(move || {
+            // Who has ended meanwhile lends nothing.
+            let _ = inbox.send(Message::DiskFree);
+        });
+        let lending = (!disks.is_empty()).then(|| Lending::start(&disks, here, ownership.folder(), &on_free));
+        let lending = match lending.transpose() {
+            Ok(lending) => lending.map(Arc::new),
+            Err(error) => return Departure::NotBegun(machine, error.into()),
         };
         match link.cutter() {
             Ok(new) => drop(cutter.set(new)),
@@ -134,8 +151,8 @@ impl Journey {
             Err(error) => Err(LinkError::Io(io::Error::other(error))),
         };
         let further = Further { dial: &mut dial_again, thread: &|| seccomp::enter(ThreadKind::MigrateStream) };
-        let leaving = Leaving::new(*machine, ownership, to);
-        Departure::Decided(Box::new(source::run(leaving, &mut link, &plan, around, further)))
+        let leaving = Leaving::new(*machine, ownership, to, lending.clone());
+        Departure::Decided(Box::new(source::run(leaving, &mut link, &plan, around, further)), lending)
     }
 }
 
@@ -154,14 +171,14 @@ pub(crate) fn ask_target(doubt: Box<InDoubt<Leaving>>, to: PeerAddress, inbox: &
                     Outcome::InDoubt(*doubt)
                 }
             };
-            let _ = inbox.send(Message::Left(Departure::Decided(Box::new(outcome))));
+            let _ = inbox.send(Message::Left(Departure::Decided(Box::new(outcome), None)));
         }
     });
     match asked {
         Ok(_) => hand.send(doubt).expect("the thread waits for the doubt"),
         Err(error) => {
             tracing::warn!(%error, "no thread to ask the target with");
-            let _ = inbox.send(Message::Left(Departure::Decided(Box::new(Outcome::InDoubt(*doubt)))));
+            let _ = inbox.send(Message::Left(Departure::Decided(Box::new(Outcome::InDoubt(*doubt)), None)));
         }
     }
 }

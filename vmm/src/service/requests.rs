@@ -4,12 +4,15 @@
 
 use super::incoming::Incoming;
 use super::{Holding, Message, Service};
-use crate::config::Boot;
+use crate::config::{Boot, Disk, DiskPlace, Layer};
 use crate::machine::{DiskLocks, Machine, MachineError, Resources};
 use crate::migrate::ownership::Ownership;
-use control::{ApiError, Code, MigrationStep, Phase, Pulsed, Refusal, Reply, Request, admit};
+use control::{ApiError, Code, MigrationStep, Phase, Pulsed, Refusal, Reply, Request, ResizeDisk, admit};
 use std::fs::File;
 use std::time::{Duration, Instant};
+
+/// How long a disk's server may take to be connected to.
+const REACH_WITHIN: Duration = Duration::from_secs(3);
 
 impl Service {
     /// Does what is asked of a machine that is here.
@@ -34,6 +37,7 @@ impl Service {
             Request::Kill => Ok(Reply::Done),
             Request::Reset => self.reset(),
             Request::SetBalloon(target) => self.set_balloon(target.target_bytes),
+            Request::ResizeDisk(resize) => self.resize_disk(&resize),
             Request::StartMigration(migration) => self.start_migration(&migration),
             Request::CancelMigration => {
                 let too_late_now = self.is_handed_over();
@@ -41,7 +45,7 @@ impl Service {
                     Holding::Away(_) if too_late_now => return Err(too_late()),
                     Holding::Away(outgoing) => outgoing.cancel(),
                     Holding::Expected => self.incoming.iter().for_each(Incoming::cancel),
-                    Holding::Here(_) | Holding::InDoubt { .. } | Holding::Asking => {}
+                    Holding::Here(_) | Holding::InDoubt { .. } | Holding::Asking | Holding::Lent => {}
                 }
                 Ok(Reply::Done)
             }
@@ -100,12 +104,25 @@ impl Service {
             .map_err(|error| ApiError::InvalidValue { field: "target_bytes", reason: error.to_string() })
     }
 
+    fn resize_disk(&mut self, ResizeDisk { id, bytes }: &ResizeDisk) -> Result<Reply, ApiError> {
+        let Holding::Here(machine) = &self.holding else { return Err(not_here()) };
+        let place = machine.config().disks.iter().position(|disk| disk.id == *id);
+        let no_disk = || ApiError::NoSuchDevice { device: format!("disk {id:?}") };
+        let disk = place.and_then(|place| machine.disks().get(place)).ok_or_else(no_disk)?;
+        let grown = disk.with(|disk, io| disk.grow(io, *bytes));
+        let bytes = grown.map_err(|error| ApiError::InvalidValue { field: "bytes", reason: error.to_string() })?;
+        self.board.note_disk_length(id, bytes);
+        Ok(Reply::Done)
+    }
+
     /// Takes the machine apart and powers a new one on, on the same console.
     fn reset(&mut self) -> Result<Reply, ApiError> {
         let failed = |error: MachineError| ApiError::failed(&error);
+        self.settle_disks();
         let Holding::Here(machine) = &self.holding else { return Err(not_here()) };
         let config = machine.config().clone();
         can_boot(&config.boot)?;
+        can_reach(&config.disks)?;
         self.end_measurement("The guest was reset");
         self.holding = Holding::Expected;
         // What the old machine still has to say of its end is not about the new one, which is not to be stopped either.
@@ -130,6 +147,7 @@ impl Service {
     /// Saves the machine, takes it apart and restores it from its saved state, with its memory and resources kept.
     fn pulse(&mut self, times: u32) -> Result<Reply, ApiError> {
         self.end_measurement("The machine was pulsed");
+        self.settle_disks();
         let (mut longest, mut state_bytes) = (Duration::ZERO, 0);
         for _ in 0..times {
             let Holding::Here(machine) = std::mem::replace(&mut self.holding, Holding::Expected) else {
@@ -161,6 +179,17 @@ fn can_boot(boot: &Boot) -> Result<(), ApiError> {
     for path in std::iter::once(&boot.kernel).chain(&boot.initramfs) {
         File::open(path).map_err(|error| ApiError::Failed {
             message: format!("The guest goes on as it was, since it could not boot: {}: {error}", path.display()),
+        })?;
+    }
+    Ok(())
+}
+
+/// Whether the servers of a guest's disks are there: with a lost one a guest goes on, but none can begin.
+fn can_reach(disks: &[Disk]) -> Result<(), ApiError> {
+    for disk in disks {
+        let (DiskPlace::Nbd(uri) | DiskPlace::Layered(Layer { base: uri, .. })) = &disk.place else { continue };
+        block::nbd::reach(&uri.0, REACH_WITHIN).map_err(|error| ApiError::Failed {
+            message: format!("The guest goes on as it was, since disk {} would be lost: {}: {error}", disk.id, uri.0),
         })?;
     }
     Ok(())

@@ -2,6 +2,7 @@
 //! where it cannot measure anything at all.
 
 mod boot;
+mod disk;
 mod journal;
 mod migrate;
 mod plot;
@@ -33,6 +34,8 @@ pub(crate) struct Options {
 enum Bench {
     /// Boot times and resident memory beside QEMU, and the downtime of live migrations.
     Boot(boot::Options),
+    /// What a disk's requests cost, without a guest.
+    Disk(disk::Options),
     /// Migrations beside QEMU, codecs beside each other, the engine's memory, long ways, hand-overs within the host, and a
     /// Debian under load in the lab.
     Migrate(migrate::Options),
@@ -42,6 +45,7 @@ enum Bench {
 pub(crate) fn bench(options: &Options) -> Result<ExitCode> {
     match &options.bench {
         Bench::Boot(options) => boot::bench(options),
+        Bench::Disk(options) => disk::bench(options),
         Bench::Migrate(options) => migrate::bench(options),
     }
 }

@@ -1,8 +1,9 @@
-//! What a driver did with a disk, counted on the disk's thread and read by any other. Each number is right by itself; two
+//! What a driver did with a disk, and how long it waited, counted on the disk's threads and read by any other. Each number is right by itself; two
 //! that are read together may be one request apart.
 
 use super::request::Status;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 /// The running counts of one disk.
 #[derive(Debug, Default)]
@@ -13,6 +14,8 @@ pub struct BlkCounters {
     written_bytes: AtomicU64,
     flushes: AtomicU64,
     errors: AtomicU64,
+    read_ns: AtomicU64,
+    write_ns: AtomicU64,
 }
 
 /// The counts at one moment.
@@ -30,6 +33,10 @@ pub struct BlkCounts {
     pub flushes: u64,
     /// Requests of any kind that failed, or that the device does not know.
     pub errors: u64,
+    /// How long those reads took, from when they were found in the ring until they were answered, added up.
+    pub read_time: Duration,
+    /// How long those writes took.
+    pub write_time: Duration,
 }
 
 /// A request, as far as it is counted.
@@ -42,8 +49,9 @@ pub(super) enum Counted {
 }
 
 impl BlkCounters {
-    /// Counts a request that was answered.
-    pub(super) fn note(&self, request: Counted, status: Status) {
+    /// Counts a request that was answered after it `took` so long.
+    pub(super) fn note(&self, request: Counted, status: Status, took: Duration) {
+        let took = u64::try_from(took.as_nanos()).unwrap_or(u64::MAX);
         let add = |counter: &AtomicU64, amount| counter.fetch_add(amount, Ordering::Relaxed);
         match (status, request) {
             (Status::IoError | Status::Unsupported, _) => {
@@ -52,10 +60,12 @@ impl BlkCounters {
             (Status::Ok, Counted::Read(bytes)) => {
                 add(&self.reads, 1);
                 add(&self.read_bytes, bytes);
+                add(&self.read_ns, took);
             }
             (Status::Ok, Counted::Write(bytes)) => {
                 add(&self.writes, 1);
                 add(&self.written_bytes, bytes);
+                add(&self.write_ns, took);
             }
             (Status::Ok, Counted::Flush) => {
                 add(&self.flushes, 1);
@@ -67,9 +77,17 @@ impl BlkCounters {
     /// The counts now.
     #[must_use]
     pub fn now(&self) -> BlkCounts {
-        let Self { reads, read_bytes, writes, written_bytes, flushes, errors } = self;
-        let [reads, read_bytes, writes, written_bytes, flushes, errors] =
-            [reads, read_bytes, writes, written_bytes, flushes, errors].map(|counter| counter.load(Ordering::Relaxed));
-        BlkCounts { reads, read_bytes, writes, written_bytes, flushes, errors }
+        let Self { reads, read_bytes, writes, written_bytes, flushes, errors, read_ns, write_ns } = self;
+        let now = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        BlkCounts {
+            reads: now(reads),
+            read_bytes: now(read_bytes),
+            writes: now(writes),
+            written_bytes: now(written_bytes),
+            flushes: now(flushes),
+            errors: now(errors),
+            read_time: Duration::from_nanos(now(read_ns)),
+            write_time: Duration::from_nanos(now(write_ns)),
+        }
     }
 }

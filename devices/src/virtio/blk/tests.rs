@@ -1,16 +1,17 @@
-//! The disk by its requests, on a back end in memory that can be told to fail.
+//! The disk by its requests, on a back end in memory that can be told to fail, and to keep requests in flight.
 
 use super::*;
 use crate::virtio::testing::{Bench, Driver, DriverRing, FREE, RAM_BYTES, REGION_BORDER, VERSION_1, ram, wait_until};
-use crate::virtio::{FailureListener, GuestSlice, Mmio, MmioParts, QueueSavedV1};
+use crate::virtio::{BrokenRing, FailureListener, Mmio, MmioParts, QueueSavedV1};
 use crate::worker::Worker;
 use crate::{Device, GuestRam};
+use block::{Answer, Channel, Completion, Geometry, Operation};
 use proptest::prelude::*;
+use rustix::event::{EventfdFlags, eventfd};
 use saved::SavedState;
-use std::io;
-use std::sync::{Arc, Mutex};
-use vm_memory::{Bytes, GuestAddress};
-use vmm_sys_util::eventfd::EventFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use vm_memory::bitmap::Bitmap;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 const SECTORS: u64 = 64;
 const HEADER: u64 = FREE;
@@ -23,24 +24,53 @@ struct Disk {
     bytes: Vec<u8>,
     calls: Vec<String>,
     fails: bool,
+    /// Whether requests stay in flight.
+    holds: bool,
+    /// How many channels are open.
+    channels: usize,
 }
 
 #[derive(Debug, Clone)]
 struct MemoryBackend {
     disk: Arc<Mutex<Disk>>,
-    read_only: bool,
+    access: Access,
+    held_by_channels: bool,
 }
 
 impl MemoryBackend {
-    fn new(read_only: bool) -> Self {
+    fn new(access: Access) -> Self {
         let bytes = (0..SECTORS * SECTOR).map(|at| u8::try_from(at / SECTOR).unwrap()).collect();
-        Self { disk: Arc::new(Mutex::new(Disk { bytes, calls: Vec::new(), fails: false })), read_only }
+        let disk = Disk { bytes, calls: Vec::new(), fails: false, holds: false, channels: 0 };
+        Self { disk: Arc::new(Mutex::new(disk)), access, held_by_channels: false }
+    }
+}
+
+impl Disk {
+    fn call(&mut self, call: String) -> io::Result<Answer> {
+        self.calls.push(call);
+        if self.fails { Err(io::Error::other("EIO")) } else { Ok(Answer::Done) }
     }
 
-    fn call(&self, call: String) -> io::Result<()> {
-        let mut disk = self.disk.lock().unwrap();
-        disk.calls.push(call);
-        if disk.fails { Err(io::Error::other("EIO")) } else { Ok(()) }
+    fn execute(&mut self, operation: Operation) -> io::Result<Answer> {
+        match operation {
+            Operation::Read { offset, into } => {
+                let done = self.call(format!("read {offset}"));
+                into.write(0, &self.bytes[index(offset)..index(offset) + into.length()]);
+                done
+            }
+            Operation::Write { offset, from, durability } => {
+                let done = self.call(format!("write {offset} {durability:?}"));
+                let end = index(offset) + from.length();
+                from.read(0, &mut self.bytes[index(offset)..end]);
+                done
+            }
+            Operation::Flush => self.call("flush".into()),
+            Operation::Discard { offset, length } => self.call(format!("discard {offset} {length}")),
+            Operation::WriteZeroes { offset, length, unmap, durability } => {
+                self.call(format!("zero {offset} {length} {unmap:?} {durability:?}"))
+            }
+            Operation::Status { .. } => unreachable!("no driver asks for that"),
+        }
     }
 }
 
@@ -48,45 +78,64 @@ fn index(offset: u64) -> usize {
     usize::try_from(offset).unwrap()
 }
 
-impl BlockBackend for MemoryBackend {
-    fn capacity(&self) -> u64 {
-        SECTORS * SECTOR
+impl Backend for MemoryBackend {
+    fn geometry(&self) -> Geometry {
+        Geometry { capacity: SECTORS * SECTOR, access: self.access, channels: 8 }
     }
-    fn is_read_only(&self) -> bool {
-        self.read_only
+    fn channel(&self) -> io::Result<Box<dyn Channel>> {
+        self.disk.lock().unwrap().channels += 1;
+        let event = eventfd(0, EventfdFlags::empty())?;
+        Ok(Box::new(MemoryChannel { disk: Arc::clone(&self.disk), submitted: Vec::new(), event }))
     }
-    fn read_vectored_at(&self, into: &[GuestSlice<'_>], offset: u64) -> io::Result<()> {
-        self.call(format!("read {offset}"))?;
-        let mut offset = index(offset);
-        for slice in into {
-            slice.copy_from(&self.disk.lock().unwrap().bytes[offset..offset + slice.len()]);
-            offset += slice.len();
+    fn grow(&self, capacity: u64) -> io::Result<u64> {
+        let mut disk = self.disk.lock().unwrap();
+        if capacity < disk.bytes.len() as u64 {
+            return Err(io::ErrorKind::InvalidInput.into());
         }
-        Ok(())
+        disk.bytes.resize(index(capacity), 9);
+        Ok(capacity)
     }
-    fn write_vectored_at(&self, from: &[GuestSlice<'_>], offset: u64) -> io::Result<()> {
-        self.call(format!("write {offset}"))?;
-        let mut offset = index(offset);
-        for slice in from {
-            slice.copy_to(&mut self.disk.lock().unwrap().bytes[offset..offset + slice.len()]);
-            offset += slice.len();
+    fn is_held_by_channels(&self) -> bool {
+        self.held_by_channels
+    }
+    fn release(&self) {
+        self.disk.lock().unwrap().call("release".into()).unwrap();
+    }
+    fn reacquire(&self) -> io::Result<()> {
+        self.disk.lock().unwrap().call("reacquire".into()).map(|_| ())
+    }
+}
+
+#[derive(Debug)]
+struct MemoryChannel {
+    disk: Arc<Mutex<Disk>>,
+    submitted: Vec<(u64, Operation)>,
+    event: OwnedFd,
+}
+
+impl Channel for MemoryChannel {
+    fn submit(&mut self, tag: u64, operation: Operation) {
+        self.submitted.push((tag, operation));
+    }
+    fn commit(&mut self) {}
+    fn event(&self) -> BorrowedFd<'_> {
+        self.event.as_fd()
+    }
+    fn reap(&mut self, done: &mut Vec<Completion>) {
+        let mut disk = self.disk.lock().unwrap();
+        if !disk.holds {
+            let execute = |(tag, operation)| Completion { tag, outcome: disk.execute(operation) };
+            done.extend(self.submitted.drain(..).map(execute));
         }
-        Ok(())
     }
-    fn flush(&self) -> io::Result<()> {
-        self.call("flush".into())
+    fn in_flight(&self) -> usize {
+        self.submitted.len()
     }
-    fn discard(&self, offset: u64, length: u64) -> io::Result<()> {
-        self.call(format!("discard {offset} {length}"))
-    }
-    fn write_zeroes(&self, offset: u64, length: u64, unmap: Unmap) -> io::Result<()> {
-        self.call(format!("zero {offset} {length} {unmap:?}"))
-    }
-    fn release(&mut self) {
-        self.call("release".into()).unwrap();
-    }
-    fn reacquire(&mut self) -> io::Result<()> {
-        self.call("reacquire".into())
+}
+
+impl Drop for MemoryChannel {
+    fn drop(&mut self) {
+        self.disk.lock().unwrap().channels -= 1;
     }
 }
 
@@ -96,14 +145,38 @@ struct Rig {
     backend: MemoryBackend,
 }
 
+impl Drop for Rig {
+    fn drop(&mut self) {
+        let _ = self.blk.stop(&mut self.bench.io, Duration::from_secs(1));
+    }
+}
+
+fn blk_parts(backend: &MemoryBackend) -> BlkParts {
+    BlkParts {
+        backend: Arc::new(backend.clone()),
+        serial: "a-disk".into(),
+        queues: 1,
+        write_cache: WriteCache::Back,
+        limits: Limits::default(),
+        thread_start: || {},
+    }
+}
+
 impl Rig {
+    /// What was counted; how long it took is another matter.
+    fn counts(&self) -> BlkCounts {
+        BlkCounts { read_time: Duration::ZERO, write_time: Duration::ZERO, ..self.blk.counters().now() }
+    }
+
     fn new() -> Self {
-        Self::with(MemoryBackend::new(false), 1 << VIRTIO_BLK_F_FLUSH)
+        Self::with(MemoryBackend::new(Access::ReadWrite), 1 << VIRTIO_BLK_F_FLUSH)
     }
 
     fn with(backend: MemoryBackend, features: u64) -> Self {
-        let blk = Blk::new(BlkParts { backend: Box::new(backend.clone()), serial: "a-disk".into() });
-        Self { bench: Bench::new(&[64], VERSION_1 | features), blk, backend }
+        let mut blk = Blk::new(blk_parts(&backend)).unwrap();
+        let mut bench = Bench::new(&[64], VERSION_1 | features);
+        blk.start(&mut bench.io).unwrap();
+        Self { bench, blk, backend }
     }
 
     fn ram(&self) -> &GuestRam {
@@ -116,11 +189,19 @@ impl Rig {
         self.ram().write_obj(0xffu8, GuestAddress(STATUS)).unwrap();
     }
 
+    fn kick(&self) {
+        self.bench.io.queues[0].kick();
+    }
+
     /// Offers a chain and has it processed: the status byte, and the bytes in the used ring.
     fn chain(&mut self, buffers: &[(u64, u32, bool)]) -> (u8, u32) {
         let head = self.bench.rings[0].offer(buffers);
-        assert_eq!(self.blk.process(&mut self.bench.io, 0).unwrap(), Progress::Idle);
-        let completed = self.bench.rings[0].completed();
+        self.kick();
+        let mut completed = Vec::new();
+        wait_until("the request is answered", || {
+            completed = self.bench.rings[0].completed();
+            !completed.is_empty()
+        });
         let [(used, written)] = completed[..] else { panic!("{completed:?}") };
         assert_eq!(used, u32::from(head));
         (self.ram().read_obj(GuestAddress(STATUS)).unwrap(), written)
@@ -137,6 +218,11 @@ impl Rig {
 
     fn calls(&self) -> Vec<String> {
         std::mem::take(&mut self.backend.disk.lock().unwrap().calls)
+    }
+
+    /// The fault that the transport would hear of.
+    fn fault(&mut self) -> Option<Fault> {
+        self.blk.on_source(&mut self.bench.io, BROKEN).err()
     }
 }
 
@@ -162,9 +248,9 @@ fn reads_and_writes_reach_their_sectors() {
     assert_eq!(rig.request(WRITE, 63, 512, false), (OK, 1));
     let disk = rig.backend.disk.lock().unwrap();
     assert!(disk.bytes[63 * 512..].iter().all(|byte| *byte == 0xaa));
-    assert_eq!(disk.calls, ["read 2560", "write 32256"]);
+    assert_eq!(disk.calls, ["read 2560", "write 32256 Cached"]);
     let moved = BlkCounts { reads: 1, read_bytes: 1024, writes: 1, written_bytes: 512, ..BlkCounts::default() };
-    assert_eq!(rig.blk.counters().now(), moved);
+    assert_eq!(rig.counts(), moved);
 }
 
 #[test]
@@ -198,7 +284,21 @@ fn ranges_outside_of_the_disk_are_errors() {
         assert_eq!(rig.request(WRITE, sector, length, false), (IOERR, 1), "{sector} {length}");
     }
     assert!(rig.calls().is_empty());
-    assert_eq!(rig.blk.counters().now(), BlkCounts { errors: 12, ..BlkCounts::default() });
+    assert_eq!(rig.counts(), BlkCounts { errors: 12, ..BlkCounts::default() });
+}
+
+#[test]
+fn a_transfer_has_an_end() {
+    let backend = MemoryBackend::new(Access::ReadWrite);
+    let mut rig = Rig::with(backend, 1 << VIRTIO_BLK_F_FLUSH);
+    rig.blk.grow(&mut rig.bench.io, 64 << 20).unwrap();
+    // Buffers that are the same memory, 704 KiB each.
+    let mut read = |count: usize| {
+        rig.header(READ, 0);
+        rig.chain(&[&[(HEADER, 16, false)], &vec![(DATA, 0xb_0000, true); count][..], &[(STATUS, 1, true)]].concat()).0
+    };
+    assert_eq!([read(46), read(47)], [OK, IOERR]);
+    assert!((46..47).contains(&(MAX_TRANSFER / 0xb_0000)));
 }
 
 #[test]
@@ -215,7 +315,7 @@ fn flush_id_and_unknown_requests() {
     for kind in [2, 5, 10, 14, u32::MAX] {
         assert_eq!(rig.request(kind, 0, 512, true), (UNSUPP, 1), "{kind}");
     }
-    assert_eq!(rig.blk.counters().now(), BlkCounts { flushes: 1, errors: 5, ..BlkCounts::default() });
+    assert_eq!(rig.counts(), BlkCounts { flushes: 1, errors: 5, ..BlkCounts::default() });
 }
 
 #[test]
@@ -225,8 +325,13 @@ fn cut_headers_are_errors_and_a_missing_status_breaks_the_device() {
     assert_eq!(rig.chain(&[(HEADER, 15, false), (STATUS, 1, true)]), (IOERR, 1));
     assert_eq!(rig.chain(&[(STATUS, 1, true)]), (IOERR, 1));
     rig.bench.rings[0].offer(&[(HEADER, 16, false), (DATA, 512, false)]);
-    let fault = rig.blk.process(&mut rig.bench.io, 0).unwrap_err();
-    assert!(matches!(fault, Fault::Ring(BrokenRing::Incomplete { queue: 0, .. })), "{fault}");
+    rig.kick();
+    let mut fault = None;
+    wait_until("the device is broken", || {
+        fault = rig.fault();
+        fault.is_some()
+    });
+    assert!(matches!(fault, Some(Fault::Ring(BrokenRing::Incomplete { queue: 0, .. }))), "{fault:?}");
 }
 
 fn put_ranges(rig: &Rig, ranges: &[(u64, u32, u32)]) -> u32 {
@@ -246,7 +351,7 @@ fn discards_and_zeroes_reach_their_ranges() {
     assert_eq!(rig.calls(), ["discard 4096 4096", "discard 0 512", "discard 32768 0"]);
     let length = put_ranges(&rig, &[(1, 63, 0), (0, 64, 1)]);
     assert_eq!(rig.request(WRITE_ZEROES, 0, length, false), (OK, 1));
-    assert_eq!(rig.calls(), ["zero 512 32256 Forbidden", "zero 0 32768 Allowed"]);
+    assert_eq!(rig.calls(), ["zero 512 32256 Forbidden Cached", "zero 0 32768 Allowed Cached"]);
 }
 
 #[test]
@@ -270,7 +375,7 @@ fn bad_ranges_are_refused() {
 
 #[test]
 fn a_read_only_disk_takes_no_writes() {
-    let mut rig = Rig::with(MemoryBackend::new(true), 1 << VIRTIO_BLK_F_RO);
+    let mut rig = Rig::with(MemoryBackend::new(Access::ReadOnly), 1 << VIRTIO_BLK_F_RO);
     assert_eq!(rig.blk.features() & (1 << VIRTIO_BLK_F_DISCARD | 1 << VIRTIO_BLK_F_RO), 1 << VIRTIO_BLK_F_RO);
     assert_eq!(rig.request(READ, 0, 512, true), (OK, 513));
     rig.calls();
@@ -299,9 +404,12 @@ fn failures_of_the_host_are_errors_of_the_request() {
 
 #[test]
 fn without_the_flush_feature_every_write_is_durable() {
-    let mut rig = Rig::with(MemoryBackend::new(false), 0);
+    let mut rig = Rig::with(MemoryBackend::new(Access::ReadWrite), 0);
     assert_eq!(rig.request(WRITE, 0, 512, false), (OK, 1));
-    assert_eq!(rig.calls(), ["write 0", "flush"]);
+    assert_eq!(rig.calls(), ["write 0 Durable"]);
+    let length = put_ranges(&rig, &[(0, 8, 1)]);
+    assert_eq!(rig.request(WRITE_ZEROES, 0, length, false), (OK, 1));
+    assert_eq!(rig.calls(), ["zero 0 4096 Allowed Durable"]);
     assert_eq!(rig.request(READ, 0, 512, true), (OK, 513));
     assert_eq!(rig.calls(), ["read 0"]);
 }
@@ -313,7 +421,7 @@ fn the_configuration_space_says_what_is_enforced() {
     rig.blk.read_config(0, &mut config);
     let word = |at: usize| u32::from_le_bytes(config[at..at + 4].try_into().unwrap());
     assert_eq!(word(0), 64);
-    assert_eq!((word(12), word(20)), (SEGMENTS, 512));
+    assert_eq!((word(8), word(12), word(20)), (SEGMENT, SEGMENTS, 512));
     assert_eq!((word(36), word(40), word(44)), (MAX_DISCARD, MAX_RANGES, 8));
     assert_eq!((word(48), word(52), config[56]), (MAX_WRITE_ZEROES, MAX_RANGES, 1));
     assert_eq!(word(60), 0, "beyond its end");
@@ -321,15 +429,172 @@ fn the_configuration_space_says_what_is_enforced() {
 }
 
 #[test]
-fn a_long_queue_is_served_in_turns() {
+fn a_full_ring_is_answered_with_few_interrupts() {
     let mut rig = Rig::new();
     rig.header(FLUSH, 0);
     for _ in 0..32 {
         rig.bench.rings[0].offer(&[(HEADER, 16, false), (STATUS, 1, true)]);
     }
-    assert_eq!(rig.blk.process(&mut rig.bench.io, 0).unwrap(), Progress::Idle);
-    assert_eq!(rig.bench.rings[0].completed().len(), 32);
+    rig.kick();
+    let mut answered = 0;
+    wait_until("all are answered", || {
+        answered += rig.bench.rings[0].completed().len();
+        answered == 32
+    });
+    wait_until("the driver is interrupted", || rig.bench.interrupted());
+}
+
+#[test]
+fn what_is_read_into_memory_is_marked_dirty_and_nothing_else() {
+    let mut rig = Rig::new();
+    let is_dirty = |rig: &Rig, address: u64| {
+        let mut slices = GuestMemoryBackend::get_slices(rig.ram(), GuestAddress(address), 1);
+        slices.all(|slice| slice.unwrap().bitmap().dirty_at(0))
+    };
+    assert_eq!(rig.request(WRITE, 0, 4096, false), (OK, 1));
+    assert!(!is_dirty(&rig, DATA), "a write to the disk reads memory");
+    assert_eq!(rig.request(READ, 0, 0x1800, true), (OK, 0x1801));
+    let dirty = [0, 0x1000, 0x2000].map(|offset| is_dirty(&rig, DATA + offset));
+    assert_eq!(dirty, [true, true, false]);
+}
+
+#[test]
+fn a_disk_stops_when_its_requests_are_done_and_not_before() {
+    let mut rig = Rig::new();
+    rig.backend.disk.lock().unwrap().holds = true;
+    rig.header(READ, 1);
+    rig.bench.rings[0].offer(&[(HEADER, 16, false), (DATA, 512, true), (STATUS, 1, true)]);
+    rig.kick();
+    let mut busy = 0;
+    wait_until("the request is in flight", || {
+        busy = rig.blk.stop(&mut rig.bench.io, Duration::from_millis(20)).err().unwrap_or(0);
+        if busy == 0 {
+            rig.blk.start(&mut rig.bench.io).unwrap();
+            rig.kick();
+        }
+        busy == 1
+    });
+    assert!(rig.bench.rings[0].completed().is_empty());
+    rig.backend.disk.lock().unwrap().holds = false;
+    rig.blk.stop(&mut rig.bench.io, Duration::from_secs(5)).unwrap();
+    assert_eq!(rig.bench.rings[0].completed(), [(0, 513)]);
+    rig.header(READ, 2);
+    rig.bench.rings[0].offer(&[(HEADER, 16, false), (DATA, 512, true), (STATUS, 1, true)]);
+    rig.kick();
+    std::thread::sleep(Duration::from_millis(20));
+    assert!(rig.bench.rings[0].completed().is_empty(), "a stopped disk does nothing");
+    rig.blk.flush().unwrap();
+    rig.blk.start(&mut rig.bench.io).unwrap();
+    rig.kick();
+    wait_until("it goes on where it was", || rig.bench.rings[0].completed() == [(3, 513)]);
+}
+
+#[test]
+fn what_holds_the_disk_is_closed_when_it_is_given_up() {
+    let backend = MemoryBackend { held_by_channels: true, ..MemoryBackend::new(Access::ReadWrite) };
+    let channels = || backend.disk.lock().unwrap().channels;
+    let mut rig = Rig::with(backend.clone(), 1 << VIRTIO_BLK_F_FLUSH);
+    assert_eq!(rig.request(READ, 5, 512, true), (OK, 513));
+    rig.blk.stop(&mut rig.bench.io, Duration::from_secs(5)).unwrap();
+    rig.blk.flush().unwrap();
+    assert_eq!(channels(), 1);
+    rig.blk.release();
+    assert_eq!(channels(), 0);
+    rig.blk.reacquire().unwrap();
+    rig.blk.start(&mut rig.bench.io).unwrap();
+    assert_eq!((rig.request(READ, 6, 512, true), channels()), ((OK, 513), 1));
+}
+
+#[test]
+fn queues_are_served_side_by_side() {
+    let backend = MemoryBackend::new(Access::ReadWrite);
+    let mut blk = Blk::new(BlkParts { queues: 4, ..blk_parts(&backend) }).unwrap();
+    assert_eq!((blk.queue_max_sizes(), blk.features() & 1 << VIRTIO_BLK_F_MQ), (&[256; 4][..], 1 << VIRTIO_BLK_F_MQ));
+    let mut config = [0; 36];
+    blk.read_config(0, &mut config);
+    assert_eq!(u16::from_le_bytes(config[34..36].try_into().unwrap()), 4);
+    let mut bench = Bench::new(&[64; 4], VERSION_1 | 1 << VIRTIO_BLK_F_FLUSH);
+    blk.start(&mut bench.io).unwrap();
+    for queue in 0..4_u64 {
+        let at = |offset| FREE + 0x4000 * queue + offset;
+        bench.io.ram.write_obj(READ, GuestAddress(at(0))).unwrap();
+        bench.io.ram.write_obj(queue, GuestAddress(at(8))).unwrap();
+        bench.rings[index(queue)].offer(&[(at(0), 16, false), (at(0x1000), 512, true), (at(0x800), 1, true)]);
+        bench.io.queues[index(queue)].kick();
+    }
+    for queue in 0..4_u64 {
+        wait_until("it is read", || bench.rings[index(queue)].completed() == [(0, 513)]);
+        let first: u8 = bench.io.ram.read_obj(GuestAddress(FREE + 0x4000 * queue + 0x1000)).unwrap();
+        assert_eq!(u64::from(first), queue);
+    }
+    blk.stop(&mut bench.io, Duration::from_secs(5)).unwrap();
+}
+
+#[test]
+fn limits_hold() {
+    let backend = MemoryBackend::new(Access::ReadWrite);
+    let limits = Limits { bytes: None, requests: std::num::NonZeroU64::new(100) };
+    let mut blk = Blk::new(BlkParts { limits, ..blk_parts(&backend) }).unwrap();
+    let mut bench = Bench::new(&[64], VERSION_1 | 1 << VIRTIO_BLK_F_FLUSH);
+    blk.start(&mut bench.io).unwrap();
+    bench.io.ram.write_obj(FLUSH, GuestAddress(HEADER)).unwrap();
+    for _ in 0..20 {
+        bench.rings[0].offer(&[(HEADER, 16, false), (STATUS, 1, true)]);
+    }
+    let begun = Instant::now();
+    bench.io.queues[0].kick();
+    let mut answered = 0;
+    wait_until("all are answered", || {
+        answered += bench.rings[0].completed().len();
+        answered == 20
+    });
+    assert!(begun.elapsed() >= Duration::from_millis(80), "ten at once, then ten in a tenth of a second");
+    blk.stop(&mut bench.io, Duration::from_secs(5)).unwrap();
+}
+
+/// No kick comes while a queue is held back, and it may be free to go on between two looks at the clock.
+#[test]
+fn who_is_held_back_for_a_moment_goes_on() {
+    let backend = MemoryBackend::new(Access::ReadWrite);
+    let limits = Limits { bytes: None, requests: std::num::NonZeroU64::new(50_000) };
+    let mut blk = Blk::new(BlkParts { limits, ..blk_parts(&backend) }).unwrap();
+    let mut bench = Bench::new(&[64], VERSION_1 | 1 << VIRTIO_BLK_F_FLUSH);
+    blk.start(&mut bench.io).unwrap();
+    bench.io.ram.write_obj(FLUSH, GuestAddress(HEADER)).unwrap();
+    for request in 0..40_000 {
+        bench.rings[0].offer(&[(HEADER, 16, false), (STATUS, 1, true)]);
+        std::sync::atomic::fence(Ordering::SeqCst);
+        if bench.rings[0].used_flags() == 0 {
+            bench.io.queues[0].kick();
+        }
+        let until = Instant::now() + Duration::from_secs(10);
+        while bench.rings[0].completed().is_empty() {
+            assert!(Instant::now() < until, "request {request} is never answered");
+            std::thread::yield_now();
+        }
+    }
+    blk.stop(&mut bench.io, Duration::from_secs(5)).unwrap();
+}
+
+#[test]
+fn a_disk_that_grows_says_so() {
+    let mut rig = Rig::new();
+    assert_eq!(rig.request(READ, 64, 512, true), (IOERR, 1));
+    rig.bench.interrupted();
+    assert!(rig.blk.grow(&mut rig.bench.io, 1).is_err() && !rig.bench.interrupted());
+    assert_eq!(rig.blk.grow(&mut rig.bench.io, 128 * 512).unwrap(), 128 * 512);
     assert!(rig.bench.interrupted());
+    let mut capacity = [0; 8];
+    rig.blk.read_config(0, &mut capacity);
+    assert_eq!((u64::from_le_bytes(capacity), rig.blk.capacity()), (128, 128 * 512));
+    assert_eq!(rig.request(READ, 127, 512, true), (OK, 513));
+}
+
+#[test]
+fn a_disk_without_a_cache_offers_no_flush() {
+    let backend = MemoryBackend::new(Access::ReadWrite);
+    let blk = Blk::new(BlkParts { write_cache: WriteCache::Through, ..blk_parts(&backend) }).unwrap();
+    assert_eq!(blk.features() & (1 << VIRTIO_BLK_F_FLUSH | 1 << VIRTIO_BLK_F_MQ), 0);
 }
 
 fn parts(ram: &GuestRam) -> MmioParts {
@@ -338,15 +603,11 @@ fn parts(ram: &GuestRam) -> MmioParts {
     MmioParts { id: "blk0".into(), ram: ram.clone(), irq, worker, on_failure }
 }
 
-fn blk_parts(backend: &MemoryBackend) -> BlkParts {
-    BlkParts { backend: Box::new(backend.clone()), serial: "blk0".into() }
-}
-
 #[test]
 fn a_disk_moves_with_its_requests() {
-    let (ram, backend) = (ram(), MemoryBackend::new(false));
+    let (ram, backend) = (ram(), MemoryBackend::new(Access::ReadWrite));
     let mut rings = [DriverRing::new(&ram, 0, 64)];
-    let mmio = Mmio::new(Blk::new(blk_parts(&backend)), parts(&ram)).unwrap();
+    let mmio = Mmio::new(Blk::new(blk_parts(&backend)).unwrap(), parts(&ram)).unwrap();
     let driver = Driver { mmio: &mmio };
     driver.bring_up(VERSION_1 | 1 << VIRTIO_BLK_F_FLUSH, &rings);
     mmio.quiesce(Duration::from_secs(1)).unwrap();
@@ -363,8 +624,9 @@ fn a_disk_moves_with_its_requests() {
     mmio.reacquire().unwrap();
     mmio.resume();
     wait_until("the read is done", || rings[0].completed() == [(0, 513)]);
+    mmio.quiesce(Duration::from_secs(1)).unwrap();
     assert_eq!(ram.read_obj::<u8>(GuestAddress(DATA)).unwrap(), 7);
-    assert_eq!(backend.disk.lock().unwrap().calls, ["flush", "release", "reacquire", "read 3584"]);
+    assert_eq!(backend.disk.lock().unwrap().calls, ["flush", "release", "reacquire", "read 3584", "flush"]);
 }
 
 fn saved() -> BlkSavedV1 {
@@ -403,7 +665,7 @@ fn golden_bytes() {
 
 #[test]
 fn another_disk_than_the_saved_one_is_refused() {
-    let backend = MemoryBackend::new(false);
+    let backend = MemoryBackend::new(Access::ReadWrite);
     let differs = |saved| Blk::restore("blk0", saved, blk_parts(&backend)).unwrap_err().to_string();
     let error = differs(BlkSavedV1 { capacity: 128, ..saved() });
     assert_eq!(error, "Device blk0 was saved with a capacity in sectors of 0x80, but here it has 0x40");
@@ -438,9 +700,11 @@ proptest! {
         let offered = u16::try_from(heads.len()).unwrap();
         heads.into_iter().for_each(|head| ring.make_available(head));
         ring.set_available_index(offered.wrapping_add(jump));
-        match rig.blk.process(&mut rig.bench.io, 0) {
-            Ok(progress) => prop_assert_eq!(progress, Progress::Idle),
-            Err(fault) => prop_assert!(matches!(fault, Fault::Ring(_))),
+        rig.kick();
+        // It stops when all that it took is done, or broke.
+        prop_assert_eq!(rig.blk.stop(&mut rig.bench.io, Duration::from_secs(5)), Ok(()));
+        if let Some(fault) = rig.fault() {
+            prop_assert!(matches!(fault, Fault::Ring(_)));
         }
     }
 }

@@ -68,7 +68,12 @@ fn boot(stage: &Stage<'_>, turn: usize) -> Result<(Godwit, Console)> {
 
 /// Asks the source by the command line, and waits until it tells the end. The command line talks to the source by its Unix
 /// socket, from wherever it is.
-pub(super) fn order(here: &Context, source: &Godwit, target: &Godwit, options: &[String]) -> Result<MigrationStatus> {
+pub(in crate::bench) fn order(
+    here: &Context,
+    source: &Godwit,
+    target: &Godwit,
+    options: &[String],
+) -> Result<MigrationStatus> {
     let (api, to) = (text(&source.folder().join("api.sock")), target.address().to_string());
     let timeout = MOVE_WITHIN.as_secs().to_string();
     let mut words = vec!["migrate", "--json", "--api", &api, "--to", &to, "--timeout", &timeout];

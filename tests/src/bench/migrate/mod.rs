@@ -7,7 +7,7 @@
 //! to look would take much of a processor: there the time is what Godwit reports. A contender that cannot take its turn
 //! says why and has no figures.
 
-mod by_godwit;
+pub(in crate::bench) mod by_godwit;
 mod by_qemu;
 pub mod cell;
 pub mod content;
@@ -17,13 +17,13 @@ mod idleness;
 pub mod load;
 pub mod plan;
 mod qmp;
-mod random;
+pub(in crate::bench) mod random;
 pub mod real_guest;
 mod stage;
 pub mod trip;
 mod usage;
 mod warmth;
-mod wire;
+pub(in crate::bench) mod wire;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

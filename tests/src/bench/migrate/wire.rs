@@ -25,7 +25,7 @@ const LEAST_BURST: u64 = 128 << 10;
 
 /// Which VMM runs there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum End {
+pub(in crate::bench) enum End {
     /// The one that gives the guest away.
     Source,
     /// The one that takes it.
@@ -34,7 +34,7 @@ pub(super) enum End {
 
 /// Where the VMMs of a pair run, and how the target is reached.
 #[derive(Debug)]
-pub(super) struct Wire {
+pub(in crate::bench) struct Wire {
     /// Source and target; without them both are on this host.
     ends: Option<[Namespace; 2]>,
     /// What is between them, where that is no veth pair.
@@ -44,7 +44,7 @@ pub(super) struct Wire {
 impl Wire {
     /// Both ends on this host as it is, or apart if the link has a rate; needs root, `ip` and `tc`, and a kernel with veth
     /// and HTB, or with taps.
-    pub(super) fn lay(link: Link) -> Result<Self> {
+    pub(in crate::bench) fn lay(link: Link) -> Result<Self> {
         let Some(rate) = link.rate() else { return Ok(Self { ends: None, _distance: None }) };
         let apart = || -> Result<_> {
             let ends = [Namespace::make()?, Namespace::make()?];
@@ -70,13 +70,27 @@ impl Wire {
     }
 
     /// The target's address.
-    pub(super) fn target_address(&self) -> Ipv4Addr {
+    pub(in crate::bench) fn target_address(&self) -> Ipv4Addr {
         if self.ends.is_some() { address(End::Target) } else { Ipv4Addr::LOCALHOST }
+    }
+
+    /// The source's address.
+    pub(in crate::bench) fn source_address(&self) -> Ipv4Addr {
+        if self.ends.is_some() { address(End::Source) } else { Ipv4Addr::LOCALHOST }
+    }
+
+    /// The network namespace of an end.
+    pub(in crate::bench) fn namespace(&self, end: End) -> Result<File> {
+        match (&self.ends, end) {
+            (Some([source, _]), End::Source) => source.file(),
+            (Some([_, target]), End::Target) => target.file(),
+            (None, _) => File::open("/proc/self/ns/net").context("Cannot open this network namespace"),
+        }
     }
 
     /// What to put before a command so that it runs at an end and dies with its parent. Its process is the one that is
     /// started.
-    pub(super) fn prefix(&self, end: End) -> Vec<String> {
+    pub(in crate::bench) fn prefix(&self, end: End) -> Vec<String> {
         let mut words = ["setpriv", "--pdeathsig", "KILL"].map(str::to_owned).to_vec();
         if let Some([source, target]) = &self.ends {
             let there = match end {
@@ -89,7 +103,7 @@ impl Wire {
     }
 
     /// A command at an end.
-    pub(super) fn command(&self, end: End, program: &str) -> Command {
+    pub(in crate::bench) fn command(&self, end: End, program: &str) -> Command {
         let prefix = self.prefix(end);
         let mut command = Command::new(&prefix[0]);
         command.args(&prefix[1..]).arg(program);

@@ -1,16 +1,20 @@
 //! The command line, as clap reads it, and the machine that its options describe.
 
+mod disk;
+mod disk_settings;
 mod goals;
 
 use crate::values::{MemoryArg, Settings, period, size};
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use control::{CodecChoice, CpuBudget, Owner, PeerAddress, Streams};
+use control::{CodecChoice, CpuBudget, Owner, PeerAddress, Streams, WithDisks};
+pub(crate) use disk::{CacheArg, DiskCommand, ListExports, Serve};
+use disk_settings::place;
 use goals::Goals;
 use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
 use uuid::Uuid;
 use vmm::config::{
-    Balloon, Boot, Cpus, DEFAULT_RING_ENTRIES, DirtyTracking, Disk, EntryKind, HostResources, MACHINE_VERSION, Mac,
+    Balloon, Boot, Cpus, DEFAULT_RING_ENTRIES, DirtyTracking, EntryKind, HostResources, MACHINE_VERSION, Mac,
     MachineConfig, Memory, Nic, Serial, Tap, Topology, Vhost,
 };
 use vmm::seccomp::Seccomp;
@@ -74,6 +78,11 @@ pub(crate) enum Command {
     Balloon(BalloonArgs),
     /// List the disks
     Disks(Status),
+    /// Make a disk longer while the guest runs
+    ResizeDisk(ResizeDiskArgs),
+    /// Serve disks to other hosts, or see what they serve
+    #[command(subcommand)]
+    Disk(DiskCommand),
     /// List the network interfaces
     Nics(Status),
     /// Measure how fast a guest dirties its memory, and what is in it
@@ -156,6 +165,19 @@ pub(crate) struct BalloonArgs {
     pub(crate) target: Option<u64>,
 }
 
+// `resize-disk`.
+#[derive(Debug, Args)]
+pub(crate) struct ResizeDiskArgs {
+    #[command(flatten)]
+    pub(crate) client: Client,
+    /// The disk, as `disks` lists it
+    #[arg(long, value_name = "NAME")]
+    pub(crate) id: String,
+    /// How long it should be, no less than it is
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    pub(crate) size: u64,
+}
+
 // `dirty-rate`.
 #[derive(Debug, Args)]
 pub(crate) struct DirtyRate {
@@ -213,6 +235,10 @@ pub(crate) struct Migrate {
     /// Compare a digest of the whole memory at both ends while the guest is paused
     #[arg(long)]
     pub(crate) verify: bool,
+    /// Move disks along: after for all that the guest writes, or ID=after for one, with commas between. The guest runs at the
+    /// target at once, and its disks come after it
+    #[arg(long, value_name = "WHEN", default_value_t)]
+    pub(crate) with_disks: WithDisks,
 }
 
 /// A migration mode on the command line.
@@ -245,9 +271,20 @@ pub(crate) struct Host {
     /// Admit test requests (`pulse`) on the control socket
     #[arg(long)]
     pub(crate) test_requests: bool,
+    /// What this host is called where disks have several places; its node name if not given
+    #[arg(long, value_name = "NAME")]
+    pub(crate) host_name: Option<String>,
     /// Confine each thread to the system calls that it needs
     #[arg(long, value_enum, default_value = "on")]
     pub(crate) seccomp: SeccompArg,
+}
+
+impl Host {
+    /// What this host is called.
+    fn name(&self) -> String {
+        let node_name = || rustix::system::uname().nodename().to_string_lossy().into_owned();
+        self.host_name.clone().unwrap_or_else(node_name)
+    }
 }
 
 /// Whether threads are confined, on the command line.
@@ -295,7 +332,8 @@ pub(crate) struct Run {
     /// How the vCPUs are grouped: SOCKETSxCORESxTHREADS, such as 1x2x2
     #[arg(long, value_parser = topology, value_name = "SxCxT")]
     topology: Option<Topology>,
-    /// A disk on a raw file: path=FILE[,id=NAME][,readonly]; may be repeated
+    /// A disk in a raw file or on an NBD server: path=FILE or nbd=URI[,id=NAME][,readonly]
+    /// [,cache=writeback|writethrough|none][,queues=N][,timeout=TIME][,bps=RATE][,iops=N]; may be repeated
     #[arg(long = "disk", value_name = "SETTINGS")]
     disks: Vec<String>,
     /// A network interface: tap=NAME or create=NAME[,id=NAME][,mac=MAC][,vhost=auto|on|off]; may be repeated
@@ -340,7 +378,8 @@ pub(crate) struct Receive {
     /// Where to wait: tcp://HOST:PORT or unix:/PATH
     #[arg(value_name = "ADDRESS")]
     pub(crate) listen: PeerAddress,
-    /// Use this file here for a disk: id=NAME,path=FILE; may be repeated. Other disks are looked for at the source's path
+    /// Use this file or export here for a disk: id=NAME,path=FILE or id=NAME,nbd=URI; may be repeated. Other disks are looked
+    /// for where the source has them
     #[arg(long = "disk", value_name = "SETTINGS")]
     disks: Vec<String>,
     /// Use this tap here for an interface: id=NAME,tap=NAME or id=NAME,create=NAME; may be repeated
@@ -364,6 +403,7 @@ impl Run {
     pub(crate) fn machine(&self, uuid: Uuid) -> Result<MachineConfig, String> {
         let numbered =
             |kind: &'static str| move |(index, text): (usize, &String)| (format!("{kind}{index}"), text.clone());
+        let host = self.host.name();
         Ok(MachineConfig {
             version: MACHINE_VERSION,
             name: self.name.clone(),
@@ -385,7 +425,7 @@ impl Run {
                 .iter()
                 .enumerate()
                 .map(numbered("blk"))
-                .map(|(id, text)| disk(&id, &text))
+                .map(|(id, text)| disk_settings::disk(&id, &text, self.vcpus, &host))
                 .collect::<Result<_, _>>()?,
             nics: self.nics.iter().enumerate().map(|(index, text)| nic(uuid, index, text)).collect::<Result<_, _>>()?,
             rng: !self.no_rng,
@@ -399,13 +439,17 @@ impl Run {
 impl Receive {
     /// What this host puts in the place of the source's resources.
     pub(crate) fn resources(&self) -> Result<HostResources, String> {
-        let mut resources =
-            HostResources { serial: Some(self.serial.clone()), dirty: self.dirty, ..HostResources::default() };
+        let mut resources = HostResources {
+            name: self.host.name(),
+            serial: Some(self.serial.clone()),
+            dirty: self.dirty,
+            ..HostResources::default()
+        };
         for text in &self.disks {
             let mut settings = Settings::parse("--disk", text)?;
-            let (id, path) = (settings.require("id")?, settings.require("path")?);
-            settings.finish("id, path")?;
-            resources.disks.insert(id, path.into());
+            let (id, place) = (settings.require("id")?, place(&mut settings)?);
+            settings.finish("id, path, nbd, base")?;
+            resources.disks.insert(id, place);
         }
         for text in &self.nics {
             let mut settings = Settings::parse("--net", text)?;
@@ -421,16 +465,6 @@ impl Receive {
 fn whole(path: &Path) -> PathBuf {
     // An empty path, which is not found later on, is the only one that has no whole form.
     std::path::absolute(path).unwrap_or_else(|_| path.to_owned())
-}
-
-fn disk(id: &str, text: &str) -> Result<Disk, String> {
-    let mut settings = Settings::parse("--disk", text)?;
-    let disk = Disk {
-        id: settings.take("id").unwrap_or_else(|| id.to_owned()),
-        path: whole(Path::new(&settings.require("path")?)),
-        read_only: settings.flag("readonly")?,
-    };
-    settings.finish("path, id, readonly").map(|()| disk)
 }
 
 fn nic(machine: Uuid, index: usize, text: &str) -> Result<Nic, String> {

@@ -1,10 +1,10 @@
 //! The commands that ask a running Godwit one thing.
 
 use crate::UsageError;
-use crate::args::{BalloonArgs, Client as Place, Pulse, Resolve, Status};
+use crate::args::{BalloonArgs, Client as Place, Pulse, ResizeDiskArgs, Resolve, Status};
 use crate::show;
 use anyhow::bail;
-use control::{Client, Reply, Request, ResolveMigration, SetBalloon};
+use control::{Client, Reply, Request, ResizeDisk, ResolveMigration, SetBalloon};
 
 /// Asks the Godwit at `place`.
 pub(crate) fn ask(place: &Place, request: &Request) -> anyhow::Result<Reply> {
@@ -69,6 +69,11 @@ pub(crate) fn disks(status: &Status) -> anyhow::Result<u8> {
     }
     show::disks(&list);
     Ok(0)
+}
+
+pub(crate) fn resize_disk(resize: &ResizeDiskArgs) -> anyhow::Result<u8> {
+    let ResizeDiskArgs { client, id, size } = resize;
+    order(client, &Request::ResizeDisk(ResizeDisk { id: id.clone(), bytes: *size }))
 }
 
 pub(crate) fn nics(status: &Status) -> anyhow::Result<u8> {

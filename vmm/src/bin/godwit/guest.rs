@@ -28,7 +28,7 @@ pub(crate) fn receive(receive: &Receive) -> anyhow::Result<u8> {
 }
 
 fn settings(host: &Host) -> Settings {
-    let Host { api, state_dir, test_requests, seccomp } = host;
+    let Host { api, state_dir, test_requests, host_name: _, seccomp } = host;
     Settings {
         api: api.clone(),
         state_dir: state_dir.clone(),

@@ -6,6 +6,7 @@
 #[expect(rustdoc::broken_intra_doc_links, reason = "help texts have what may be left out in brackets")]
 mod args;
 mod client;
+mod disk;
 mod guest;
 mod show;
 mod values;
@@ -78,6 +79,8 @@ fn dispatch(command: Command) -> anyhow::Result<u8> {
         Command::PowerButton(client) => client::power_button(&client),
         Command::Balloon(balloon) => client::balloon(&balloon),
         Command::Disks(status) => client::disks(&status),
+        Command::ResizeDisk(resize) => client::resize_disk(&resize),
+        Command::Disk(command) => disk::run(&command),
         Command::Nics(status) => client::nics(&status),
         Command::DirtyRate(dirty_rate) => watch::dirty_rate(&dirty_rate),
         Command::Metrics(client) => client::metrics(&client),

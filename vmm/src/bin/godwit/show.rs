@@ -1,9 +1,9 @@
 //! Answers for people: short lines, with units; and for programs: JSON.
 
 use control::{
-    BalloonInfo, CpuTimes, DirtyRate, DiskCounters, DiskInfo, DiskList, GuestCost, MeasurementCost, MemorySample,
-    MemoryTransfer, MigrationStatus, NicCounters, NicInfo, NicList, RoundCodecs, RoundInfo, StepInfo, TargetPart,
-    VmInfo,
+    BalloonInfo, CpuTimes, DirtyRate, DiskBefore, DiskCounters, DiskInfo, DiskList, GuestCost, MeasurementCost,
+    MemorySample, MemoryTransfer, MigrationStatus, Millis, NicCounters, NicInfo, NicList, RoundCodecs, RoundInfo,
+    StepInfo, TargetPart, VmInfo,
 };
 use indicatif::HumanBytes;
 use serde::Serialize;
@@ -150,13 +150,30 @@ pub(crate) fn word(value: &impl Serialize) -> String {
 }
 
 pub(crate) fn disks(list: &DiskList) {
-    for DiskInfo { id, path, bytes, read_only, counters } in &list.disks {
+    for DiskInfo { id, place, bytes, missing_bytes, read_only, counters, before } in &list.disks {
         let access = if *read_only { ", read-only" } else { "" };
-        println!("{id}  {path}  {}{access}", HumanBytes(*bytes));
-        let DiskCounters { reads, read_bytes, writes, written_bytes, flushes, errors } = counters;
+        println!("{id}  {place}  {}{access}", HumanBytes(*bytes));
+        if let Some(missing) = missing_bytes {
+            println!("  {} are not here yet, {}", HumanBytes(*missing), percent(*missing, *bytes));
+        }
+        let (mean_read, mean_write) = (counters.mean_read(), counters.mean_write());
+        let DiskCounters { reads, read_bytes, writes, written_bytes, flushes, errors, .. } = counters;
         let (read, written) = (HumanBytes(*read_bytes), HumanBytes(*written_bytes));
         println!("  {reads} reads ({read}), {writes} writes ({written}), {flushes} flushes, {errors} errors");
+        if mean_read.is_some() || mean_write.is_some() {
+            println!("  on average {}", means(mean_read, mean_write));
+        }
+        if let Some(DiskBefore { place, mean_read_ms, mean_write_ms }) = before {
+            println!("  before     {place}, {}", means(*mean_read_ms, *mean_write_ms));
+        }
     }
+}
+
+fn means(read: Option<Millis>, write: Option<Millis>) -> String {
+    let word = |what: &str, mean: Option<Millis>| {
+        mean.map_or_else(|| format!("no {what}"), |mean| format!("{mean} for a {what}"))
+    };
+    format!("{}, {}", word("read", read), word("write", write))
 }
 
 pub(crate) fn nics(list: &NicList) {

@@ -4,6 +4,7 @@ use clap::ValueEnum;
 use control::{MeasureDirtyRate, MemoryPolicy};
 use std::collections::BTreeMap;
 use std::num::{NonZeroU32, NonZeroU64};
+use std::str::FromStr;
 
 /// Reads a size such as `512M`, `2GiB` or `1048576`, in bytes. Units are powers of 1024: K, M, G, T.
 pub(crate) fn size(text: &str) -> Result<u64, String> {
@@ -92,6 +93,12 @@ impl Settings {
         self.values.remove(key)
     }
 
+    /// The values of all keys that begin with `start`, by the rest of those.
+    pub(crate) fn take_all(&mut self, start: &str) -> BTreeMap<String, String> {
+        let taken = self.values.extract_if(.., |key, _| key.starts_with(start));
+        taken.map(|(key, value)| (key[start.len()..].to_owned(), value)).collect()
+    }
+
     /// The value of `key`, which must be in the list.
     pub(crate) fn require(&mut self, key: &str) -> Result<String, String> {
         self.take(key).ok_or_else(|| format!("{} needs {key}=…", self.option))
@@ -104,6 +111,13 @@ impl Settings {
             Some("on") => Ok(true),
             Some(other) => Err(format!("{} {key}={other:?} is neither on nor off", self.option)),
         }
+    }
+
+    /// The number of `key`, if it is in the list.
+    pub(crate) fn number<T: FromStr>(&mut self, key: &str) -> Result<Option<T>, String> {
+        let parse =
+            |text: String| text.parse().map_err(|_| format!("{} {key}={text:?} is no such number", self.option));
+        self.values.remove(key).map(parse).transpose()
     }
 
     /// Ends the reading: no key may be left.

@@ -87,6 +87,7 @@ pub(crate) fn migrate(migrate: &Migrate) -> anyhow::Result<u8> {
         codec: migrate.codec,
         cpu_budget: migrate.cpu_budget,
         delta_cache_bytes: migrate.delta_cache,
+        with_disks: migrate.with_disks.clone(),
         ..StartMigration::new(migrate.to.clone())
     });
     let Reply::Started(started) = ask(client, &request)? else { bail!("The migration was not started") };

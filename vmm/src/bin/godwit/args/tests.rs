@@ -1,5 +1,6 @@
 use super::*;
 use clap::CommandFactory;
+use vmm::config::DiskPlace;
 
 #[test]
 fn the_help_of_a_command_is_what_the_list_of_commands_says() {
@@ -44,7 +45,7 @@ fn a_machine_is_described_by_options() {
     assert_eq!(machine.disks[0].id, "blk0");
     assert_eq!((machine.disks[1].id.as_str(), machine.disks[1].read_only), ("data", true));
     // The target of a move may be in another folder.
-    assert_eq!(machine.disks[1].path, std::env::current_dir().unwrap().join("b"));
+    assert_eq!(machine.disks[1].place, DiskPlace::File(std::env::current_dir().unwrap().join("b")));
     assert_eq!(machine.nics[0].tap, Tap::Create("gw0".into()));
     assert_eq!(machine.nics[0].mac, Mac::derived(machine.uuid, 0));
     assert!(machine.balloon.unwrap().free_page_reporting);
@@ -57,8 +58,8 @@ fn a_machine_is_described_by_options() {
 #[test]
 fn wrong_settings_name_what_they_take() {
     for (options, part) in [
-        (&["--disk=id=a"][..], "--disk needs path="),
-        (&["--disk=path=/a,size=3"], "does not know \"size\"; it takes path, id, readonly"),
+        (&["--disk=id=a"][..], "--disk needs path=FILE"),
+        (&["--disk=path=/a,size=3"], "does not know \"size\"; it takes path, nbd, base, remote"),
         (&["--net=mac=52:00:00:00:00:01"], "--net needs tap=NAME"),
         (&["--net=tap=a,vhost=maybe"], "none of auto, on, off"),
         (&["--balloon=on,fast"], "does not know \"fast\""),
@@ -78,7 +79,7 @@ fn a_target_names_its_own_resources() {
         ["godwit", "receive", "unix:/r", "--disk=id=data,path=/d", "--net=id=net0,tap=t0", "--serial=off"];
     let Command::Receive(receive) = CommandLine::try_parse_from(command_line).unwrap().command else { panic!() };
     let resources = receive.resources().unwrap();
-    assert_eq!(resources.disks["data"], PathBuf::from("/d"));
+    assert_eq!(resources.disks["data"], DiskPlace::File("/d".into()));
     assert_eq!(resources.taps["net0"], Tap::Existing("t0".into()));
     assert_eq!(resources.serial, Some(Serial::Off));
 }
