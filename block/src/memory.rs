@@ -102,6 +102,12 @@ impl Buffers {
         unsafe { Self::new(vec![piece], Arc::clone(scratch) as Arc<dyn Any + Send + Sync>) }
     }
 
+    /// The same memory once more, for a request that takes the place of this one.
+    #[must_use]
+    pub fn again(&self) -> Self {
+        Self { pieces: self.pieces.clone(), length: self.length, owner: Arc::clone(&self.owner) }
+    }
+
     /// So many zeros to be written from, a few of which are meant again and again. Nothing may be written to them.
     #[must_use]
     pub fn zeroes(length: u64) -> Self {

@@ -9,6 +9,11 @@
 //!    '------------------> Waiting ----(woken)--> begins anew
 //! ```
 //!
+//! A short read of what is all missing is answered by the base itself while a puller brings the rest, and that is asked to bring
+//! what lies around it next: on a connection that was idle a few KiB come in one round trip, and a cluster in three (RFC 6928;
+//! RFC 5681, 4.1), behind what is on its way already. Whether what is written meanwhile is read, nobody can tell: both are under
+//! way.
+//!
 //! Writes go to the local file alone. A write that covers a missing cluster makes it be here without a fetch; one that covers
 //! a part of it fetches it first. Invariant: a request that has claimed clusters settles them, whatever becomes of it.
 
@@ -22,9 +27,12 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 /// The most clusters that are fetched by one request to the base: 1 MiB.
 pub(super) const RUN: u64 = 16;
+/// The longest read that the base answers, in bytes: ten packets, which a connection sends without having heard of any.
+const SHORT_READ: u64 = 14 << 10;
 
 #[derive(Debug)]
 pub(super) struct LayeredChannel {
@@ -54,6 +62,8 @@ enum Stage {
     Waiting,
     /// So many runs of these clusters are on their way; those that will be written over are claimed, too.
     Fetching { clusters: Vec<u64>, overwritten: Vec<u64>, left: usize, error: Option<io::Error> },
+    /// On the base, without a claim.
+    Reading,
     /// On the local file. These clusters are here when that succeeds.
     Acting { overwritten: Vec<u64>, then_flush: bool },
     /// The local file is flushed; these clusters were in it before.
@@ -66,6 +76,7 @@ enum Step {
     Fetch { request: usize, run: Range<u64>, scratch: Arc<Scratch> },
     Store { request: usize },
     Act { request: usize },
+    ReadFar { request: usize },
 }
 
 impl LayeredChannel {
@@ -102,6 +113,14 @@ impl LayeredChannel {
         if length == 0 {
             return self.act(key, Vec::new());
         }
+        if let Operation::Read { into, .. } = operation
+            && length <= SHORT_READ
+            && self.shared.is_pulled.load(Ordering::Acquire)
+            && self.shared.map.lacks(touched(offset, length))
+        {
+            let into = into.again();
+            return self.read_far(key, offset, into);
+        }
         let claimed = match self.shared.map.claim(touched(offset, length), &self.sleeper, key) {
             Claim::Waits => {
                 self.requests[key].stage = Stage::Waiting;
@@ -127,6 +146,15 @@ impl LayeredChannel {
             let base = self.base.as_mut().expect("something is missing, so the disk is not whole");
             base.submit(step as u64, Operation::Read { offset, into });
         }
+    }
+
+    /// Has the base answer a read. Once the disk is whole it is begun anew: the base need not be there any more.
+    fn read_far(&mut self, key: usize, offset: u64, into: Buffers) {
+        self.requests[key].stage = Stage::Reading;
+        self.shared.demanded.store(offset / CLUSTER, Ordering::Relaxed);
+        let step = self.steps.insert(Step::ReadFar { request: key });
+        let base = self.base.as_mut().expect("something is missing, so the disk is not whole");
+        base.submit(step as u64, Operation::Read { offset, into });
     }
 
     /// Does the request on the local file. What it writes over is here afterwards.
@@ -173,6 +201,9 @@ impl LayeredChannel {
             },
             Step::Store { request } => self.fetched(request, outcome.map(|_| ())),
             Step::Act { request } => self.acted(request, outcome),
+            // What did not come may be here by now, and the base gone.
+            Step::ReadFar { request } if outcome.is_err() && !self.shared.has_sidecar() => self.begin(request),
+            Step::ReadFar { request } => self.complete(request, outcome),
         }
     }
 
@@ -226,7 +257,9 @@ impl LayeredChannel {
                 let outcome = flushed.and_then(|_| self.shared.keep(&here)).map(|()| Answer::Done);
                 self.complete(key, outcome);
             }
-            Stage::Waiting | Stage::Fetching { .. } => unreachable!("nothing is done on the local file then"),
+            Stage::Waiting | Stage::Reading | Stage::Fetching { .. } => {
+                unreachable!("nothing is done on the local file then")
+            }
         }
     }
 
@@ -254,15 +287,21 @@ impl LayeredChannel {
                 self.begin(key);
             }
         }
-        self.leave_base();
-        any
+        self.leave_base() || any
     }
 
-    /// Closes the way to the base once nothing can be asked of it any more.
-    fn leave_base(&mut self) {
-        if !self.shared.has_sidecar() && self.base.as_ref().is_some_and(|base| base.in_flight() == 0) {
-            self.base = None;
+    /// Closes the way to the base once the disk is whole; what it has not answered is in the local file. Whether it did.
+    fn leave_base(&mut self) -> bool {
+        let far = self.steps.iter().filter(|(_, step)| matches!(step, Step::ReadFar { .. })).count();
+        if self.shared.has_sidecar() || self.base.as_ref().is_none_or(|base| base.in_flight() > far) {
+            return false;
         }
+        self.base = None;
+        self.steps.retain(|_, step| !matches!(step, Step::ReadFar { .. }));
+        let left = self.requests.iter().filter(|(_, request)| matches!(request.stage, Stage::Reading));
+        let left: Vec<usize> = left.map(|(key, _)| key).collect();
+        left.into_iter().for_each(|key| self.begin(key));
+        true
     }
 }
 
@@ -303,7 +342,7 @@ impl Drop for LayeredChannel {
         let left = self.requests.drain().flat_map(|request| match request.stage {
             Stage::Fetching { clusters, overwritten, .. } => [clusters, overwritten].concat(),
             Stage::Acting { overwritten, .. } => overwritten,
-            Stage::Waiting | Stage::Flushing { .. } => Vec::new(),
+            Stage::Waiting | Stage::Reading | Stage::Flushing { .. } => Vec::new(),
         });
         self.shared.map.settle(left.collect::<Vec<_>>(), Settled::Missing);
         self.shared.map.forget(&self.sleeper);

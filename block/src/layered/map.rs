@@ -145,6 +145,12 @@ impl Map {
         Claim::Claimed(missing)
     }
 
+    /// Whether none of some clusters is here.
+    pub(super) fn lacks(&self, clusters: Range<u64>) -> bool {
+        let state = self.lock();
+        clusters.into_iter().all(|cluster| !state.is_here(cluster))
+    }
+
     /// Nobody waits by way of `sleeper` any more.
     pub(super) fn forget(&self, sleeper: &Arc<Sleeper>) {
         self.lock().wanted.retain(|(other, ..)| !Arc::ptr_eq(other, sleeper));

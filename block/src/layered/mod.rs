@@ -11,6 +11,7 @@ mod pull;
 mod sidecar;
 #[cfg(test)]
 mod tests;
+mod window;
 
 pub use map::CLUSTER;
 pub use pull::{Pulled, Puller};
@@ -91,8 +92,10 @@ struct Shared {
     /// flush succeeds. So nothing more is said to be here until the disk is opened anew.
     has_lost: AtomicBool,
     capacity: u64,
-    /// The cluster after the last one that was asked for and missing.
+    /// The cluster at which the background should go on, because of what was asked for last.
     demanded: AtomicU64,
+    /// Whether a puller brings the rest.
+    is_pulled: AtomicBool,
     fetched_bytes: AtomicU64,
     /// How the channels that are open are woken.
     sleepers: Mutex<Vec<Weak<Sleeper>>>,
@@ -212,6 +215,7 @@ impl LayeredBackend {
             has_lost: AtomicBool::new(false),
             capacity,
             demanded: AtomicU64::new(0),
+            is_pulled: AtomicBool::new(false),
             fetched_bytes: AtomicU64::new(0),
             sleepers: Mutex::default(),
         };

@@ -1,12 +1,12 @@
 //! What fetches a disk in the background, until all of it is here.
 //!
-//! Several runs of clusters are on their way at a time, so that a long way is used well; they begin where the guest has last
+//! Several runs of clusters are on their way at a time, as many as a long way needs ([`super::window`]); they begin where the guest has last
 //! missed something, because what lies behind it is likely to be missed next. Clusters that the guest asks for, and that are
 //! not on their way already, do not wait here: each channel fetches those by itself. What the base knows to be zeros does not travel. A place that does not give, or
 //! does not take, is tried again as long as it takes.
 
-use super::channel::RUN;
 use super::map::{Settled, bytes_of};
+use super::window::Window;
 use super::{LayeredBackend, OnceWhole, Shared};
 use crate::backend::{Answer, Backend, Channel, Completion, Durability, Extent, ExtentKind, Operation, Unmap};
 use crate::memory::{Buffers, Scratch};
@@ -20,8 +20,11 @@ use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-/// Runs on their way: 16 MiB, which is what 1 Gbit/s holds at 128 ms.
-const WINDOW: usize = 16;
+/// The most clusters of a run: 128 KiB, which hold up who waits for something else for a millisecond at 1 Gbit/s. With the most
+/// of them that a [`Window`] lets go, 16 MiB are on their way, which is what that holds at 128 ms.
+const RUN: u64 = 2;
+/// The most runs that are under way, zeros among them.
+const MOST: usize = 192;
 /// How long nothing is asked for after a failure.
 const AFTER_FAILURE: Duration = Duration::from_secs(1);
 /// How long a pull that is to end waits for the base's word that it was given up.
@@ -68,12 +71,14 @@ impl Puller {
             ends: Arc::clone(&ends),
             runs: Slab::new(),
             known: Known::default(),
+            window: Window::new(Instant::now()),
             looking: None,
             next: 0,
             demanded: 0,
             hear: Box::new(hear),
             shared,
         };
+        pull.shared.is_pulled.store(true, Ordering::Release);
         let thread = std::thread::Builder::new().name("disk-pull".to_owned()).spawn(move || {
             thread_start();
             pull.run();
@@ -102,6 +107,8 @@ impl Drop for Puller {
 #[derive(Debug)]
 struct OnItsWay {
     clusters: Range<u64>,
+    /// When the base was asked for it.
+    asked: Option<Instant>,
     /// What comes from the base; given up once it goes to the local file.
     scratch: Option<Arc<Scratch>>,
 }
@@ -114,6 +121,7 @@ struct Pull {
     runs: Slab<OnItsWay>,
     /// What is known of the base.
     known: Known,
+    window: Window,
     /// The run whose base is looked at.
     looking: Option<u64>,
     /// Where the next run begins.
@@ -167,14 +175,16 @@ impl Pull {
 
     /// Asks for runs until enough are on their way.
     fn ask(&mut self) {
-        while self.runs.len() < WINDOW && self.looking.is_none() {
+        // Zeros do not travel, but are not done at once either.
+        let far = |runs: &Slab<OnItsWay>| runs.iter().filter(|(_, run)| run.asked.is_some()).count();
+        while far(&self.runs) < self.window.size() && self.runs.len() < MOST && self.looking.is_none() {
             let demanded = self.shared.demanded.load(Ordering::Relaxed);
             if demanded != self.demanded {
                 (self.demanded, self.next) = (demanded, demanded);
             }
             let Some(clusters) = self.shared.map.claim_next(self.next, RUN) else { return };
             self.next = clusters.end;
-            let tag = self.runs.insert(OnItsWay { clusters, scratch: None }) as u64;
+            let tag = self.runs.insert(OnItsWay { clusters, asked: None, scratch: None }) as u64;
             self.fetch(tag);
         }
     }
@@ -187,7 +197,8 @@ impl Pull {
             Some(false) => {
                 let scratch = Scratch::new(usize::try_from(length).expect("a run is 1 MiB long at most"));
                 let into = Buffers::of(&scratch);
-                self.runs[key(tag)].scratch = Some(scratch);
+                let run = &mut self.runs[key(tag)];
+                (run.scratch, run.asked) = (Some(scratch), Some(Instant::now()));
                 self.base.submit(tag, Operation::Read { offset, into });
             }
             None => {
@@ -243,8 +254,11 @@ impl Pull {
     }
 
     fn store(&mut self, tag: u64) {
-        let OnItsWay { clusters, scratch } = &mut self.runs[key(tag)];
+        let OnItsWay { clusters, asked, scratch } = &mut self.runs[key(tag)];
         let Some(mut scratch) = scratch.take() else { return };
+        if let Some(asked) = asked.take() {
+            self.window.done(asked, Instant::now());
+        }
         let (offset, length) = bytes_of(clusters, self.shared.capacity);
         self.shared.note_fetched(length);
         let is_zero = scratch.bytes().is_some_and(|bytes| bytes.iter().all(|byte| *byte == 0));
@@ -337,6 +351,7 @@ fn timespec(time: Duration) -> Timespec {
 
 impl Drop for Pull {
     fn drop(&mut self) {
+        self.shared.is_pulled.store(false, Ordering::Release);
         let left: Vec<u64> = self.runs.drain().flat_map(|run| run.clusters).collect();
         self.shared.map.settle(left, Settled::Missing);
     }

@@ -4,8 +4,9 @@ use super::*;
 use crate::backend::{Durability, Operation, Unmap};
 use crate::blocking::Blocking;
 use crate::conformance;
-use crate::faulty::{Faults, FaultyBackend};
+use crate::faulty::{Faults, FaultyBackend, reap_all};
 use crate::lent::LentBackend;
+use crate::memory::{Buffers, Scratch};
 use crate::nbd::uri::Address;
 use crate::{Export, Listener, NbdBackend, NbdOptions, NbdServer, ServerOptions};
 use rustix::event::{PollFd, PollFlags, poll};
@@ -216,6 +217,32 @@ impl Backend for Endless {
     }
 }
 
+/// Also one of what is on its way already; and one that the base has not answered when the disk is whole is answered here.
+#[test]
+fn a_short_read_is_answered_by_the_base_while_the_rest_comes() {
+    let rig = Rig::new();
+    let disk = rig.open();
+    let (tell, told) = channel();
+    rig.faults.hold_reads(true);
+    let puller = Puller::start(&disk, || {}, move |pulled| tell.send(pulled).unwrap()).unwrap();
+    let mut queue = disk.channel().unwrap();
+    let scratch = Scratch::new(512);
+    queue.submit(7, Operation::Read { offset: CLUSTER + 512, into: Buffers::of(&scratch) });
+    queue.commit();
+    let mut done = Vec::new();
+    queue.reap(&mut done);
+    assert!(done.is_empty() && disk.missing().bytes() == LENGTH);
+    rig.faults.hold_reads(false);
+    assert_eq!(told.recv_timeout(Duration::from_secs(30)), Ok(Pulled::Whole));
+    let done = reap_all(&mut *queue);
+    assert!(done.len() == 1 && done[0].tag == 7 && done[0].outcome.is_ok());
+    drop(puller);
+    assert_eq!(read(&disk, CLUSTER + 512, 512), [pattern(CLUSTER + 512); 512]);
+    drop(queue);
+    let mut scratch = scratch;
+    assert_eq!(scratch.bytes().unwrap(), [pattern(CLUSTER + 512); 512]);
+}
+
 #[test]
 fn a_base_that_fails_loses_nothing_and_is_tried_again() {
     let rig = Rig::new();
@@ -254,9 +281,9 @@ fn channels_wait_for_each_other() {
     let disk = rig.open();
     rig.faults.hold_reads(true);
     let mut channels = [disk.channel().unwrap(), disk.channel().unwrap()];
-    let scratch: Vec<_> = (0..2).map(|_| crate::Scratch::new(1024)).collect();
+    let scratch: Vec<_> = (0..2).map(|_| Scratch::new(1024)).collect();
     for (channel, scratch) in channels.iter_mut().zip(&scratch) {
-        channel.submit(7, Operation::Read { offset: CLUSTER - 512, into: crate::Buffers::of(scratch) });
+        channel.submit(7, Operation::Read { offset: CLUSTER - 512, into: Buffers::of(scratch) });
         channel.commit();
         let mut done = Vec::new();
         channel.reap(&mut done);
@@ -264,7 +291,7 @@ fn channels_wait_for_each_other() {
     }
     rig.faults.hold_reads(false);
     for channel in &mut channels {
-        crate::faulty::reap_all(&mut **channel).into_iter().for_each(|completion| drop(completion.outcome.unwrap()));
+        reap_all(&mut **channel).into_iter().for_each(|completion| drop(completion.outcome.unwrap()));
     }
     for mut scratch in scratch {
         let expected = [[pattern(CLUSTER - 512); 512], [pattern(CLUSTER); 512]].concat();
@@ -279,8 +306,8 @@ fn a_channel_that_ends_gives_up_its_claims() {
     let disk = rig.open();
     rig.faults.hold_reads(true);
     let mut channel = disk.channel().unwrap();
-    let scratch = crate::Scratch::new(512);
-    channel.submit(0, Operation::Read { offset: 0, into: crate::Buffers::of(&scratch) });
+    let scratch = Scratch::new(512);
+    channel.submit(0, Operation::Read { offset: 0, into: Buffers::of(&scratch) });
     channel.commit();
     drop(channel);
     rig.faults.hold_reads(false);
