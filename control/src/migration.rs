@@ -199,6 +199,8 @@ pub struct RoundKinds {
     pub delta: u64,
     /// As references to other pages.
     pub copy: u64,
+    /// Of a disk, as digests, which the target compares with an old copy that it has.
+    pub kept: u64,
     /// Not at all: the target has them already as they are. Only the source knows of these before the migration is over.
     pub same: u64,
 }

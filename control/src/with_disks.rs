@@ -10,6 +10,8 @@ use thiserror::Error;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum DiskPolicy {
+    /// Before the guest, with its memory: it runs at the target when all is there.
+    Before,
     /// After the guest, which runs at the target at once. The source serves what is missing there.
     After,
 }
@@ -26,7 +28,9 @@ pub enum WithDisks {
 
 /// What is not a choice of disks.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
-#[error("{0:?} is no choice of disks: give it after for all, or ID=after for one, with commas between")]
+#[error(
+    "{0:?} is no choice of disks: give it before or after for all, or ID=before, ID=after for one, with commas between"
+)]
 pub struct WithDisksError(String);
 
 impl WithDisks {
@@ -46,6 +50,7 @@ impl Default for WithDisks {
 impl fmt::Display for DiskPolicy {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Self::Before => f.write_str("before"),
             Self::After => f.write_str("after"),
         }
     }
@@ -69,7 +74,11 @@ impl FromStr for WithDisks {
 
     fn from_str(text: &str) -> Result<Self, WithDisksError> {
         let wrong = || WithDisksError(text.to_owned());
-        let policy = |word: &str| if word == "after" { Ok(DiskPolicy::After) } else { Err(wrong()) };
+        let policy = |word: &str| match word {
+            "before" => Ok(DiskPolicy::Before),
+            "after" => Ok(DiskPolicy::After),
+            _ => Err(wrong()),
+        };
         if text == "none" {
             return Ok(Self::default());
         }
@@ -97,6 +106,7 @@ mod tests {
         for (text, json, disks) in [
             ("none", "{}", WithDisks::default()),
             ("after", r#""after""#, WithDisks::All(DiskPolicy::After)),
+            ("before", r#""before""#, WithDisks::All(DiskPolicy::Before)),
             ("data=after,root=after", r#"{"data":"after","root":"after"}"#, each(&["root", "data"])),
         ] {
             assert_eq!(text.parse(), Ok(disks.clone()));
@@ -105,7 +115,7 @@ mod tests {
             assert_eq!(serde_json::from_str::<WithDisks>(json).unwrap(), disks);
         }
         assert!(WithDisks::default().is_none() && !each(&["a"]).is_none());
-        for wrong in ["", "before", "data", "data=", "data=after,", "data=after,after", "data=after,data=after"] {
+        for wrong in ["", "later", "data", "data=", "data=after,", "data=after,after", "data=after,data=after"] {
             let error = wrong.parse::<WithDisks>().unwrap_err().to_string();
             assert!(error.contains("ID=after"), "{error}");
             assert!(serde_json::from_str::<WithDisks>(&format!("{wrong:?}")).is_err());

@@ -5,6 +5,7 @@
 use libfuzzer_sys::fuzz_target;
 use migration::codec::decode::{PageSink, decode};
 use migration::codec::delta::Delta;
+use migration::codec::kept::Digest;
 use migration::codec::reference::Reference;
 use migration::codec::{Page, PageCode, PageId};
 use migration::{PAGE_SIZE, PageIndex, PageRun, RegionId};
@@ -51,6 +52,10 @@ impl PageSink for Memory {
     fn copy(&mut self, page: PageId, from: Reference) -> Result<(), Absent> {
         *self.page(page)? = *self.page(from.page)?;
         Ok(())
+    }
+
+    fn check(&mut self, group: PageRun, _: &Digest) -> Result<(), Absent> {
+        self.page(PageId { region: group.region, page: group.first }).map(|_| ())
     }
 }
 

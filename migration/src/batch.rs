@@ -1,7 +1,7 @@
 //! Filling a `Pages` frame: runs of dirty pages out of the ledger, each page in the first code that suits it.
 //!
 //! ```text
-//! never backed ──► Zero        zero ──► Zero        nothing more to try ──► Raw, straight from guest memory
+//! never backed ──► Zero        zero ──► Zero        nothing more to try ──► Raw, straight from guest memory or as read
 //! else a copy of the page:  as last sent ──► nothing   little changed ──► Delta   few runs ──► Rle
 //!                           as another page ──► Copy   more runs ──► Rle
 //!                           else ──► Plain, or Raw if nothing has to remember the page
@@ -10,10 +10,11 @@
 
 use crate::codec::block::{MAX_BLOCK, Packer};
 use crate::codec::delta::Compared;
+use crate::codec::kept;
 use crate::codec::reference::REFERENCE_BYTES;
 use crate::codec::{Codecs, Page, PageCode, PageId, Tried, rle};
 use crate::counts::PageCounts;
-use crate::guest::{GuestPages, HostError, exact_slice};
+use crate::guest::{GuestPages, HostError, exact_slice, whole_run};
 use crate::history::History;
 use crate::ledger::SharedLedger;
 use crate::region::{PAGE_SIZE, PageIndex, PageRun};
@@ -39,6 +40,8 @@ pub(crate) struct Method<'a> {
     pub(crate) round: u32,
     /// The most pages to take that are not zero, if there is a limit beside those of every frame.
     pub(crate) pages: Option<u32>,
+    /// The regions of which the target may have what is sent, a bit for each: of those only digests go.
+    pub(crate) old: u64,
 }
 
 /// The frame under way. Its buffers are used again for each frame.
@@ -50,6 +53,8 @@ pub(crate) struct Batch {
     counts: PageCounts,
     most_pages: u32,
     encoded: Encoded,
+    /// The raw pages that were read from disks, in the order of the records.
+    stage: Vec<u8>,
 }
 
 /// Bytes in the block of the pages whose bytes are not known by their number.
@@ -65,10 +70,11 @@ impl Batch {
         let records = Vec::with_capacity(MAX_RECORDS);
         let (counts, encoded) = (PageCounts::default(), Encoded::default());
         let most_pages = most_pages.min(MAX_RAW_PAGES);
-        Self { records, block: Vec::new(), packer: Packer::new(), counts, most_pages, encoded }
+        Self { records, block: Vec::new(), packer: Packer::new(), counts, most_pages, encoded, stage: Vec::new() }
     }
 
     /// The records, in order.
+    #[cfg(test)]
     pub(crate) fn records(&self) -> Records<'_> {
         Records::new(&self.records)
     }
@@ -83,11 +89,26 @@ impl Batch {
         self.encoded
     }
 
-    /// What the frame says.
-    pub(crate) fn pages(&mut self, codecs: &Codecs) -> Pages<'_> {
-        let (code, bytes) = self.packer.pack(codecs.packing, &self.block);
-        let block = PackedBlock { code, unpacked: self.block.len(), bytes };
-        Pages { records: Records::new(&self.records), block }
+    /// What the frame says, and the raw pages that follow it.
+    pub(crate) fn pages<'a, G: GuestPages>(
+        &'a mut self,
+        codecs: &Codecs,
+        guest: &'a G,
+    ) -> Result<(Pages<'a>, Vec<VolatileSlice<'a>>), HostError> {
+        let Self { records, block, packer, stage, .. } = self;
+        let records = Records::new(records);
+        let mut staged = stage.as_mut_slice();
+        let raw = records.raw_runs().map(|run| match guest.disk(run.region) {
+            None => exact_slice(guest, run),
+            Some(_) => {
+                let (pages, rest) = std::mem::take(&mut staged).split_at_mut(run.bytes());
+                staged = rest;
+                Ok(VolatileSlice::from(pages))
+            }
+        });
+        let raw = raw.collect::<Result<_, _>>()?;
+        let (code, bytes) = packer.pack(codecs.packing, block);
+        Ok((Pages { records, block: PackedBlock { code, unpacked: block.len(), bytes } }, raw))
     }
 
     /// Begins anew and takes dirty pages out of the ledger until the batch is full. `false` if there were none.
@@ -100,6 +121,7 @@ impl Batch {
     ) -> Result<bool, HostError> {
         self.records.clear();
         self.block.clear();
+        self.stage.clear();
         (self.counts, self.encoded) = (PageCounts::default(), Encoded::default());
         while let Some(run) = ledger.take_run(self.room(method.pages)) {
             let taken = self.add(run, guest, method)?;
@@ -139,20 +161,55 @@ impl Batch {
             return Ok(hole);
         }
         let rest = PageRun { first: PageIndex(run.first.0 + u64::from(hole)), pages: run.pages - hole, ..run };
-        for (page, (offset, id)) in pages(&exact_slice(guest, rest)?).zip((hole..).zip(rest.ids())) {
+        let on_disk = guest.disk(run.region).is_some();
+        let mut stage = std::mem::take(&mut self.stage);
+        let before = stage.len();
+        if method.old >> run.region.0 & 1 == 1 {
+            let taken = self.add_kept(guest, rest, &mut stage)?;
+            self.stage = stage;
+            return Ok(hole + taken);
+        }
+        let slice = whole_run(guest, rest, &mut stage)?;
+        let (mut taken, mut kept) = (run.pages, 0);
+        for (page, (offset, id)) in pages(&slice).zip((hole..).zip(rest.ids())) {
             // A page must not be looked up and then not be sent, so there must be a record for it, whatever it turns out to
             // be.
             if self.records.len() == MAX_RECORDS {
-                return Ok(offset);
+                taken = offset;
+                break;
             }
+            let raw = self.counts.raw;
             self.look_at(&page, id, method);
+            if self.counts.raw > raw {
+                // Read pages that are sent as they are move up to those before them.
+                if on_disk && kept < (offset - hole) as usize {
+                    page.copy_to_volatile_slice(slice.subslice(kept * PAGE_SIZE, PAGE_SIZE).map_err(Box::new)?);
+                }
+                kept += 1;
+            }
         }
+        if on_disk {
+            stage.truncate(before + kept * PAGE_SIZE);
+        }
+        self.stage = stage;
+        Ok(taken)
+    }
+
+    /// Adds the digests of a run, if there is a record for it; how many pages that were.
+    fn add_kept<G: GuestPages>(&mut self, guest: &G, run: PageRun, stage: &mut Vec<u8>) -> Result<u32, HostError> {
+        if !self.record(run, PageCode::Kept) {
+            return Ok(0);
+        }
+        let before = stage.len();
+        whole_run(guest, run, stage)?;
+        kept::encode(&stage[before..], &mut self.block);
+        stage.truncate(before);
         Ok(run.pages)
     }
 
     /// Adds one page, for which there is room.
     fn look_at(&mut self, page: &VolatileSlice<'_>, id: PageId, method: Method<'_>) {
-        let Method { codecs, history, round, pages: _ } = method;
+        let Method { codecs, history, round, pages: _, old: _ } = method;
         let one = PageRun { region: id.region, first: id.page, pages: 1 };
         if codecs.zero && is_zero(page) {
             history.forget(one);
@@ -183,14 +240,14 @@ impl Batch {
         match code {
             PageCode::Rle => self.encoded.rle += bytes,
             PageCode::Delta => self.encoded.delta += bytes,
-            PageCode::Raw | PageCode::Zero | PageCode::Plain | PageCode::Copy => {}
+            PageCode::Raw | PageCode::Zero | PageCode::Plain | PageCode::Copy | PageCode::Kept => {}
         }
         self.record(one, code);
     }
 
     /// Encodes a page without regard to what it was before.
     fn encode_whole(&mut self, content: &Page, id: PageId, method: Method<'_>) -> PageCode {
-        let Method { codecs, history, round: _, pages: _ } = method;
+        let Method { codecs, history, round: _, pages: _, old: _ } = method;
         let before = self.block.len();
         let rle = codecs.rle && rle::encode(content, &mut self.block) == Tried::Written;
         let is_short = rle && self.block.len() - before <= SHORT_RLE;
@@ -232,7 +289,7 @@ mod tests {
     use crate::guest::SourceGuest;
     use crate::ledger::DirtyLedger;
     use crate::pair::world::{FakeGuest, HOLE, REGIONS, World};
-    use crate::region::RegionId;
+    use crate::region::{Region, RegionId};
     use std::sync::LazyLock;
 
     fn fill(batch: &mut Batch, ledger: &SharedLedger, guest: &FakeGuest) -> Vec<(PageRun, PageCode)> {
@@ -251,12 +308,12 @@ mod tests {
     static NONE: LazyLock<History> = LazyLock::new(|| History::new(0, &[]));
 
     fn zeros() -> Method<'static> {
-        Method { codecs: Codecs::ZERO, history: &NONE, round: 1, pages: None }
+        Method { codecs: Codecs::ZERO, history: &NONE, round: 1, pages: None, old: 0 }
     }
 
     fn still() -> (FakeGuest, SharedLedger) {
         let guest = FakeGuest { busy: 0, ..FakeGuest::new(&World::new()) };
-        (guest, SharedLedger::new(DirtyLedger::new(&REGIONS.map(|region| region.pages))))
+        (guest, SharedLedger::new(DirtyLedger::new(&REGIONS.map(|region| region.pages()))))
     }
 
     #[test]
@@ -267,13 +324,15 @@ mod tests {
         while ledger.lock().dirty_pages() > 0 {
             for (run, code) in fill(&mut batch, &ledger, &guest) {
                 for page in run.first.0..run.first.0 + u64::from(run.pages) {
-                    let zero = page % 5 == 3 || (run.region == RegionId(0) && page >= HOLE);
+                    let hole = [HOLE, REGIONS[1].pages(), REGIONS[2].pages() / 2][usize::from(run.region.0)];
+                    let zero = page % 5 == 3 || page >= hole;
                     assert_eq!(code == PageCode::Zero, zero, "page {page} of region {}", run.region);
                     seen.push((run.region.0, page));
                 }
             }
         }
-        let all = (0_u16..).zip(REGIONS).flat_map(|(region, layout)| (0..layout.pages).map(move |page| (region, page)));
+        let all =
+            (0_u16..).zip(REGIONS).flat_map(|(region, layout)| (0..layout.pages()).map(move |page| (region, page)));
         assert_eq!(seen, all.collect::<Vec<_>>());
         assert!(!batch.fill(&ledger, &guest.memory(), zeros()).unwrap() && batch.counts().all() == 0);
     }
@@ -322,7 +381,7 @@ mod tests {
     #[test]
     fn runs_that_are_short_are_no_references() {
         let (guest, ledger) = still();
-        let pages: Vec<u64> = REGIONS.iter().map(|region| region.pages).collect();
+        let pages: Vec<u64> = REGIONS.iter().map(Region::pages).collect();
         let history = History::new(0, &pages);
         let codecs = Codecs { rle: true, dedup: true, ..Codecs::ZERO };
         history.prepare(&codecs, 1).unwrap();
@@ -336,7 +395,7 @@ mod tests {
         // One word, twice; and two words, twice.
         [(0, [7, 7]), (1, [7, 7]), (2, [5, 6]), (3, [5, 6])].into_iter().for_each(|(page, words)| put(page, words));
         let mut batch = Batch::new(MAX_RAW_PAGES);
-        let method = Method { codecs, history: &history, round: 1, pages: None };
+        let method = Method { codecs, history: &history, round: 1, pages: None, old: 0 };
         assert!(batch.fill(&ledger, &memory, method).unwrap());
         let codes: Vec<_> = batch.records().iter().map(|(run, code)| (run.pages, code)).collect();
         assert_eq!(codes, [(3, PageCode::Rle), (1, PageCode::Copy)]);

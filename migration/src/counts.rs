@@ -18,6 +18,8 @@ pub struct PageCounts {
     pub delta: u64,
     /// As references to other pages.
     pub copy: u64,
+    /// As digests, which an old copy of a disk may have.
+    pub kept: u64,
     /// Not at all: they were as the target has them already. Only the source knows of these.
     pub same: u64,
 }
@@ -32,14 +34,15 @@ impl PageCounts {
             PageCode::Rle => &mut self.rle,
             PageCode::Delta => &mut self.delta,
             PageCode::Copy => &mut self.copy,
+            PageCode::Kept => &mut self.kept,
         } += pages;
     }
 
     /// Pages of which the target is told.
     #[must_use]
     pub fn sent(&self) -> u64 {
-        let Self { raw, zero, plain, rle, delta, copy, same: _ } = self;
-        raw + zero + plain + rle + delta + copy
+        let Self { raw, zero, plain, rle, delta, copy, kept, same: _ } = self;
+        raw + zero + plain + rle + delta + copy + kept
     }
 
     /// Pages that were dealt with.
@@ -50,13 +53,14 @@ impl PageCounts {
 }
 
 impl std::ops::AddAssign for PageCounts {
-    fn add_assign(&mut self, Self { raw, zero, plain, rle, delta, copy, same }: Self) {
+    fn add_assign(&mut self, Self { raw, zero, plain, rle, delta, copy, kept, same }: Self) {
         self.raw += raw;
         self.zero += zero;
         self.plain += plain;
         self.rle += rle;
         self.delta += delta;
         self.copy += copy;
+        self.kept += kept;
         self.same += same;
     }
 }

@@ -1,7 +1,7 @@
 //! Digests that find accidents, not attacks: of the frames of one direction, and of guest memory. Both are XXH3-64.
 
 use crate::guest::{GuestPages, HostError, exact_slice};
-use crate::region::{PAGE_SIZE, PageIndex, PageRun, RamRegion, RegionId};
+use crate::region::{PAGE_SIZE, PageIndex, PageRun, Region, RegionId};
 use crate::zero::{is_zero, pages};
 use std::fmt;
 use std::hash::Hasher as _;
@@ -48,9 +48,11 @@ impl fmt::Debug for Transcript {
     }
 }
 
-/// One digest per region, of the pages that are not zero and their places. The guest must stand still.
-pub(crate) fn of_memory<G: GuestPages>(guest: &G, regions: &[RamRegion]) -> Result<Vec<u64>, HostError> {
-    (0..).zip(regions).map(|(region, layout)| of_region(guest, RegionId(region), layout.pages)).collect()
+/// One digest per region of RAM, of the pages that are not zero and their places. The guest must stand still; reading disks
+/// would keep it for too long.
+pub(crate) fn of_memory<G: GuestPages>(guest: &G, regions: &[Region]) -> Result<Vec<u64>, HostError> {
+    let memory = (0..).zip(regions).filter(|(_, region)| matches!(region, Region::Ram(_)));
+    memory.map(|(region, layout)| of_region(guest, RegionId(region), layout.pages())).collect()
 }
 
 fn of_region<G: GuestPages>(guest: &G, region: RegionId, end: u64) -> Result<u64, HostError> {

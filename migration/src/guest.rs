@@ -3,7 +3,7 @@
 //! `vmm` implements these traits over KVM; the tests implement them over plain memory.
 
 use crate::ledger::DirtyLedger;
-use crate::region::{PageRun, RamRegion};
+use crate::region::{PageIndex, PageRun, Region, RegionId};
 use crate::wire::Mode;
 use std::error::Error;
 use std::time::Duration;
@@ -11,7 +11,8 @@ use thiserror::Error;
 use uuid::Uuid;
 use vm_memory::VolatileSlice;
 
-/// Access to guest memory, at either end. Clones reach the same memory; several threads use one each.
+/// Access to what a guest has in pages, at either end: its memory, and disks that move with it. Clones reach the same pages;
+/// several threads use one each.
 pub trait GuestPages: Clone + Send + Sync + 'static {
     /// Why memory did not do what was asked.
     type Error: Error + Send + Sync + 'static;
@@ -25,14 +26,17 @@ pub trait GuestPages: Clone + Send + Sync + 'static {
     /// If the host gives none.
     fn handle(&self) -> Result<Self::Handle, Self::Error>;
 
-    /// The memory of a run of pages, which lies within the guest's regions.
+    /// The memory of a run of pages, which lies within the guest's regions of RAM.
     ///
     /// # Errors
     /// If there is no such memory.
     fn slice(&self, run: PageRun) -> Result<VolatileSlice<'_>, Self::Error>;
 
-    /// How many pages at the start of the run the host has never backed with memory, so that they are zero and need not
-    /// be read (reading would back them). 0 where the host does not know.
+    /// The disk that is this region; `None` if the region is RAM.
+    fn disk(&self, region: RegionId) -> Option<&dyn DiskPages>;
+
+    /// How many pages at the start of the run the host has never backed with memory, or with space of a disk, so that they
+    /// are zero and need not be read (reading would back memory). 0 where the host does not know.
     fn leading_hole(&self, run: PageRun) -> u32;
 
     /// Backs whole runs of pages with memory before they are written, in larger pages than they would get one by one, and
@@ -42,6 +46,31 @@ pub trait GuestPages: Clone + Send + Sync + 'static {
         let _ = run;
         false
     }
+}
+
+/// A disk that moves page by page. The last page may lie in it only in part: the rest reads as zeros, and is not written.
+/// Several threads use it at once.
+pub trait DiskPages: Sync {
+    /// At the target: whether all of it is zero before a page of it has come.
+    fn is_blank(&self) -> bool;
+
+    /// Fills `into`, which is whole pages, from page `first` on.
+    ///
+    /// # Errors
+    /// If the host cannot.
+    fn read(&self, first: PageIndex, into: &mut [u8]) -> Result<(), HostError>;
+
+    /// Writes `from`, which is whole pages, from page `first` on.
+    ///
+    /// # Errors
+    /// If the host cannot; any part of it may have been written.
+    fn write(&self, first: PageIndex, from: &[u8]) -> Result<(), HostError>;
+
+    /// Makes pages zero, and gives up their space where that is possible.
+    ///
+    /// # Errors
+    /// If the host cannot.
+    fn clear(&self, first: PageIndex, pages: u32) -> Result<(), HostError>;
 }
 
 /// The handle to a memory.
@@ -57,6 +86,20 @@ struct WrongLength {
     found: usize,
 }
 
+/// The pages of a run: memory where it is, or a disk's as they are read to the end of `stage`.
+pub(crate) fn whole_run<'a, G: GuestPages>(
+    guest: &'a G,
+    run: PageRun,
+    stage: &'a mut Vec<u8>,
+) -> Result<VolatileSlice<'a>, HostError> {
+    let Some(disk) = guest.disk(run.region) else { return exact_slice(guest, run) };
+    let before = stage.len();
+    stage.resize(before + run.bytes(), 0);
+    let pages = &mut stage[before..];
+    disk.read(run.first, pages)?;
+    Ok(VolatileSlice::from(pages))
+}
+
 /// The memory of a run, certainly of the run's length.
 pub(crate) fn exact_slice<G: GuestPages>(guest: &G, run: PageRun) -> Result<VolatileSlice<'_>, HostError> {
     let slice = guest.slice(run)?;
@@ -68,8 +111,8 @@ pub(crate) fn exact_slice<G: GuestPages>(guest: &G, run: PageRun) -> Result<Vola
 pub struct Description {
     /// The guest's identity.
     pub vm: Uuid,
-    /// Its memory; [`RegionId`](crate::RegionId)s are indices into this list.
-    pub regions: Vec<RamRegion>,
+    /// What moves page by page: its memory, and then disks. [`RegionId`]s are indices into this list.
+    pub regions: Vec<Region>,
     /// The machine, in JSON that the engine does not look into; at most
     /// [`MAX_MACHINE`](crate::wire::MAX_MACHINE) bytes.
     pub machine: Vec<u8>,
@@ -84,10 +127,10 @@ pub trait SourceGuest {
     /// Why the guest did not do what was asked.
     type Error: Error + Send + Sync + 'static;
 
-    /// Its memory.
+    /// Its memory, and the disks that move with it.
     type Memory: GuestPages;
 
-    /// The guest's memory.
+    /// The guest's memory, and the disks that move with it.
     fn memory(&self) -> Self::Memory;
 
     /// Describes the guest. Called first, while it runs.
@@ -102,8 +145,8 @@ pub trait SourceGuest {
     /// If the host refuses.
     fn start_dirty_log(&mut self) -> Result<(), Self::Error>;
 
-    /// Marks every page that changed since the last harvest, whoever wrote it (the guest, this process, vhost), and
-    /// clears the log before it returns: a page that changes from now on is in the next harvest.
+    /// Marks every page that changed since the last harvest, whoever wrote it (the guest, this process, vhost), on disks
+    /// too, and clears the log before it returns: a page that changes from now on is in the next harvest.
     ///
     /// # Errors
     /// If the log cannot be read.
@@ -188,8 +231,8 @@ pub struct Offer<'a> {
     pub mode: Mode,
     /// The build of the source's engine, for messages.
     pub build: &'a str,
-    /// The guest's memory.
-    pub regions: &'a [RamRegion],
+    /// What moves page by page.
+    pub regions: &'a [Region],
     /// The machine in JSON, untrusted.
     pub machine: &'a [u8],
 }
@@ -227,8 +270,15 @@ pub trait TargetHost {
     /// The refusal that the source is told.
     fn prepare(&mut self, offer: &Offer<'_>, passed: Option<HandleOf<Self::Memory>>) -> Result<Self::Memory, Refusal>;
 
-    /// The memory that [`prepare`](Self::prepare) made.
-    fn regions(&self) -> Vec<RamRegion>;
+    /// The regions of what [`prepare`](Self::prepare) made.
+    fn regions(&self) -> Vec<Region>;
+
+    /// Makes durable what has come of disks so far. Called after each round, and before the source is told that the round
+    /// is installed: so there is little of it left to do while the guest stands still.
+    ///
+    /// # Errors
+    /// If the host cannot.
+    fn settle(&mut self) -> Result<(), Self::Error>;
 
     /// Restores the saved state and takes what only one host may hold. All that can fail must fail here: when this
     /// returns, `run` only has to let go.

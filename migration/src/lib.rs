@@ -1,4 +1,4 @@
-//! The migration engine: moves a guest's memory, state and *ownership* from one host to another.
+//! The migration engine: moves a guest's memory, disks, state and *ownership* from one host to another.
 //!
 //! It knows no KVM and no sockets. A guest comes as a [`SourceGuest`], the place it goes to as a [`TargetHost`] with its
 //! record of [`Claims`], and what is between them as a [`Link`]; the clock and the onlooker are traits too. So all of it
@@ -50,12 +50,16 @@ pub use codec::Codecs;
 pub use convergence::{Goal, OnStall, SwitchReason};
 pub use counts::PageCounts;
 pub use digest::TranscriptDigest;
-pub use guest::{Claim, Claims, Description, GuestPages, HandleOf, HostError, Offer, Refusal, SourceGuest, TargetHost};
+pub use guest::{
+    Claim, Claims, Description, DiskPages, GuestPages, HandleOf, HostError, Offer, Refusal, SourceGuest, TargetHost,
+};
 pub use ledger::DirtyLedger;
 pub use link::{Cutter, Link, LinkError};
 pub use policy::{Chosen, Why};
 pub use progress::{Moved, Observer, Phase, Progress, Unobserved};
-pub use region::{MAX_REGION_PAGES, MAX_REGIONS, PAGE_SIZE, PageIndex, PageRun, RamRegion, RegionId, total_pages};
+pub use region::{
+    MAX_REGION_PAGES, MAX_REGIONS, PAGE_SIZE, PageIndex, PageRun, RamRegion, Region, RegionId, total_pages,
+};
 pub use report::{CpuReport, Ending, PhaseReport, Report, Role, RoundReport, TargetPart};
 pub use source::{Failed, Further, InDoubt, MemoryPolicy, Outcome, Owner, Plan, SourceError, Surroundings};
 pub use target::{Arrival, Fault, Reception};

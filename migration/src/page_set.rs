@@ -1,6 +1,6 @@
 //! A set of pages that several threads add to at once: one atomic bit per page.
 
-use crate::region::{PageRun, RegionId};
+use crate::region::{PageIndex, PageRun, RegionId};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 const WORD_BITS: u64 = 64;
@@ -29,6 +29,33 @@ impl PageSet {
         }
     }
 
+    /// Adds every page of a region, which has so many.
+    pub(crate) fn add_all(&self, region: RegionId, pages: u64) {
+        let most = u64::from(u32::MAX);
+        for first in (0..pages).step_by(u32::MAX as usize) {
+            let pages = u32::try_from((pages - first).min(most)).expect("it is no more than fits");
+            self.add(PageRun { region, first: PageIndex(first), pages });
+        }
+    }
+
+    /// Takes every page out, and tells of them in runs, none of them longer than 64 pages.
+    pub(crate) fn take(&self) -> Vec<PageRun> {
+        let mut runs = Vec::new();
+        for (region, words) in (0..).map(RegionId).zip(&self.0) {
+            for (word, start) in words.iter().zip((0..).step_by(64)) {
+                // Most are empty, and an exchange takes long.
+                let mut left = if word.load(Ordering::Relaxed) == 0 { 0 } else { word.swap(0, Ordering::AcqRel) };
+                while left != 0 {
+                    let bit = left.trailing_zeros();
+                    let pages = (left >> bit).trailing_ones();
+                    left &= !(u64::MAX >> (64 - pages) << bit);
+                    runs.push(PageRun { region, first: PageIndex(start + u64::from(bit)), pages });
+                }
+            }
+        }
+        runs
+    }
+
     /// Takes every page out.
     pub(crate) fn clear(&self) {
         self.0.iter().flatten().for_each(|word| word.store(0, Ordering::Relaxed));
@@ -48,7 +75,6 @@ impl PageSet {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::region::PageIndex;
     use proptest::prelude::*;
 
     #[test]
@@ -73,6 +99,17 @@ mod tests {
                     of == region && (first..first + u64::from(pages)).contains(&page)
                 });
                 prop_assert_eq!(set.contains(RegionId(region), page), added, "page {} of region {}", page, region);
+            }
+            let again = PageSet::new([400, 400]);
+            for run in set.take() {
+                again.add(run);
+            }
+            prop_assert!(set.take().is_empty());
+            for (region, page) in (0..2).flat_map(|region| (0..400).map(move |page| (region, page))) {
+                let added = runs.iter().any(|&(of, first, pages)| {
+                    of == region && (first..first + u64::from(pages)).contains(&page)
+                });
+                prop_assert_eq!(again.contains(RegionId(region), page), added);
             }
         }
     }

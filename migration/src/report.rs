@@ -209,6 +209,7 @@ mod tests {
         "rle": 0,
         "delta": 0,
         "copy": 0,
+        "kept": 0,
         "same": 0
       },
       "bytes": 24612,

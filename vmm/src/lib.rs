@@ -17,6 +17,7 @@ pub mod layout;
 pub mod machine;
 pub mod memory;
 pub mod migrate;
+mod old_copy;
 pub mod seccomp;
 pub mod service;
 pub mod state;

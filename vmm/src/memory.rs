@@ -19,7 +19,7 @@ use devices::{Gpa, GuestRam};
 use huge::{Spacer, collapse};
 use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_userspace_memory_region};
 use kvm_ioctls::VmFd;
-use migration::{DirtyLedger, GuestPages, PageIndex, PageRun, RamRegion, RegionId};
+use migration::{DirtyLedger, DiskPages, GuestPages, PageIndex, PageRun, RamRegion, RegionId};
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
@@ -257,6 +257,10 @@ impl GuestPages for GuestMemory {
 
     fn slice(&self, run: PageRun) -> Result<VolatileSlice<'_>, MemoryError> {
         self.untracked_slice(run)
+    }
+
+    fn disk(&self, _: RegionId) -> Option<&dyn DiskPages> {
+        None
     }
 
     fn leading_hole(&self, run: PageRun) -> u32 {

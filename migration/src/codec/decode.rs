@@ -2,6 +2,7 @@
 
 use super::delta::Delta;
 use super::input::Input;
+use super::kept::{Digest, groups};
 use super::reference::Reference;
 use super::{MAX_ENCODED, Malformed, Page, PageCode, PageId, rle};
 use crate::region::{MAX_REGION_PAGES, PAGE_SIZE, PageIndex, PageRun};
@@ -38,6 +39,12 @@ pub trait PageSink {
     /// # Errors
     /// If that is not possible.
     fn copy(&mut self, page: PageId, from: Reference) -> Result<(), Self::Error>;
+
+    /// Notes whether the pages of a group, as they are, have this digest.
+    ///
+    /// # Errors
+    /// If they cannot be looked at.
+    fn check(&mut self, group: PageRun, digest: &Digest) -> Result<(), Self::Error>;
 }
 
 /// Why a frame's pages were not all applied.
@@ -90,6 +97,11 @@ pub fn decode<S: PageSink>(
                     sink.copy(page, from).map_err(DecodeError::Sink)?;
                 }
             }
+            PageCode::Kept => {
+                for group in groups(run) {
+                    sink.check(group, block.array()?).map_err(DecodeError::Sink)?;
+                }
+            }
         }
     }
     Ok(block.end()?)
@@ -117,9 +129,9 @@ fn body<'a>(block: &mut Input<'a>) -> Result<&'a [u8], Malformed> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::codec::Tried;
     use crate::codec::delta::{self, Compared};
     use crate::codec::samples::{Memory, pattern};
+    use crate::codec::{Tried, kept};
     use crate::region::RegionId;
 
     fn run(first: u64, pages: u32) -> PageRun {
@@ -142,8 +154,10 @@ mod tests {
         changed[77] ^= 1;
         assert_eq!(delta::encode(&pattern(6), &changed, &mut block), Compared::Written);
         Reference { page: id(3), same_round: true }.encode(&mut block);
-        let codes = [PageCode::Raw, PageCode::Plain, PageCode::Rle, PageCode::Delta, PageCode::Copy, PageCode::Zero];
-        let runs = [run(0, 2), run(2, 2), run(4, 1), run(6, 1), run(7, 1), run(8, 900)];
+        block.extend([1; 2 * kept::DIGEST_BYTES]);
+        use PageCode::{Copy, Delta, Kept, Plain, Raw, Rle, Zero};
+        let codes = [Raw, Plain, Rle, Delta, Copy, Zero, Kept];
+        let runs = [run(0, 2), run(2, 2), run(4, 1), run(6, 1), run(7, 1), run(8, 900), run(908, 17)];
         (runs.into_iter().zip(codes).collect(), block, before)
     }
 
@@ -158,6 +172,7 @@ mod tests {
         }
         assert_eq!(memory.pages.len(), 5, "raw pages are passed over");
         assert_eq!(memory.cleared, [run(8, 900)]);
+        assert_eq!(memory.checked, [(run(908, 16), [1; 16]), (run(924, 1), [1; 16])]);
     }
 
     #[test]

@@ -24,6 +24,7 @@ pub mod dedup;
 pub mod delta;
 pub mod delta_cache;
 mod input;
+pub mod kept;
 pub mod reference;
 pub mod rle;
 
@@ -79,11 +80,13 @@ pub enum PageCode {
     Delta = 4,
     /// The same bytes as another page.
     Copy = 5,
+    /// What an old copy of the disk may have: digests of groups of [`GROUP_PAGES`](kept::GROUP_PAGES) are in the block.
+    Kept = 6,
 }
 
 impl PageCode {
     /// Every code, in the order of their numbers.
-    pub const ALL: [Self; 6] = [Self::Raw, Self::Zero, Self::Plain, Self::Rle, Self::Delta, Self::Copy];
+    pub const ALL: [Self; 7] = [Self::Raw, Self::Zero, Self::Plain, Self::Rle, Self::Delta, Self::Copy, Self::Kept];
 
     /// The code of a number; `None` if there is no such one.
     #[must_use]
@@ -99,6 +102,7 @@ impl PageCode {
             Self::Plain => PAGE_SIZE,
             Self::Rle | Self::Delta => LENGTH_BYTES + MAX_ENCODED,
             Self::Copy => reference::REFERENCE_BYTES,
+            Self::Kept => kept::DIGEST_BYTES,
         }
     }
 }

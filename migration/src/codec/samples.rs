@@ -2,6 +2,7 @@
 
 use super::decode::PageSink;
 use super::delta::Delta;
+use super::kept::Digest;
 use super::reference::Reference;
 use super::{Page, PageId};
 use crate::region::{PAGE_SIZE, PageRun};
@@ -14,6 +15,7 @@ use std::collections::HashMap;
 pub(super) struct Memory {
     pub(super) pages: HashMap<PageId, Page>,
     pub(super) cleared: Vec<PageRun>,
+    pub(super) checked: Vec<(PageRun, Digest)>,
 }
 
 impl PageSink for Memory {
@@ -37,6 +39,11 @@ impl PageSink for Memory {
     fn copy(&mut self, page: PageId, from: Reference) -> Result<(), Self::Error> {
         let content = *self.pages.get(&from.page).ok_or("nothing there")?;
         self.write(page, &content)
+    }
+
+    fn check(&mut self, group: PageRun, digest: &Digest) -> Result<(), Self::Error> {
+        self.checked.push((group, *digest));
+        Ok(())
     }
 }
 

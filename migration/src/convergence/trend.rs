@@ -75,13 +75,16 @@ impl Trend {
     /// Adds a round.
     pub(crate) fn add(&mut self, round: Round) {
         let Round { number, kinds, bytes: sent, received, time } = round;
-        // The zero pages of the first round are those that nobody uses; later ones were written just now.
-        let pages = if number == 1 { kinds.sent() - kinds.zero } else { kinds.all() };
         self.received = self.received / 2.0 + bytes(received);
         self.time = self.time / 2.0 + time.as_secs_f64();
-        self.sent = self.sent / 2.0 + bytes(sent);
-        self.pages = self.pages / 2.0 + bytes(pages);
         self.last_time = time;
+        // The zero pages of the first round are those that nobody uses; later ones were written just now. Where most went as
+        // digests, what they cost says nothing of pages.
+        let told = kinds.sent() - kinds.zero - kinds.kept;
+        if kinds.kept <= told {
+            self.sent = self.sent / 2.0 + bytes(sent);
+            self.pages = self.pages / 2.0 + bytes(if number == 1 { told } else { kinds.all() });
+        }
     }
 
     /// The bytes that so many dirty pages will be on the link.

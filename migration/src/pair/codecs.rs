@@ -41,7 +41,9 @@ fn kinds(codecs: Codecs) -> PageCounts {
 
 #[test]
 fn without_codecs_only_holes_are_not_sent() {
-    let PageCounts { raw, zero, plain: 0, rle: 0, delta: 0, copy: 0, same: 0 } = kinds(Codecs::NONE) else { panic!() };
+    let PageCounts { raw, zero, plain: 0, rle: 0, delta: 0, copy: 0, kept: 0, same: 0 } = kinds(Codecs::NONE) else {
+        panic!()
+    };
     assert!(raw > 600 && zero < 100, "{raw} raw, {zero} zero");
 }
 

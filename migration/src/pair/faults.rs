@@ -25,10 +25,15 @@ pub(super) enum Fate {
 /// One migration with the given weather. Checks that the guest has one owner, asks if there is doubt, and if the guest
 /// stayed, migrates it again in good weather.
 pub(super) fn survive(plan: &Plan, weather: Weather) -> Fate {
+    survive_at(plan, weather, FakeHost::expecting)
+}
+
+/// The same at the host that `host` makes.
+pub(super) fn survive_at(plan: &Plan, weather: Weather, host: impl Fn(&World, &FakeGuest) -> FakeHost) -> Fate {
     let what = format!("{:?} {weather:?}", plan.mode);
     let (world, claims) = (World::new(), MemoryClaims::default());
-    let guest = FakeGuest::new(&world);
-    let (memory, mut host) = (Arc::clone(&guest.memory), FakeHost::new(&world));
+    let guest = FakeGuest::with_plan(&world, plan);
+    let (memory, mut host) = (Arc::clone(&guest.memory), host(&world, &guest));
     let attempt = migrate(guest, &mut host, &claims, plan, weather);
     let (outcome, doubted) = match attempt.outcome {
         Outcome::InDoubt(doubt) => {
@@ -69,7 +74,7 @@ fn stayed(failed: &Failed<FakeGuest>, world: &World, what: &str) {
 
 /// A guest that has stayed moves the next time.
 fn again(guest: FakeGuest, world: &World, claims: &MemoryClaims, what: &str) {
-    let (memory, mut host) = (Arc::clone(&guest.memory), FakeHost::new(world));
+    let (memory, mut host) = (Arc::clone(&guest.memory), FakeHost::expecting(world, &guest));
     let guest = FakeGuest { fails: None, ..guest };
     let attempt = migrate(guest, &mut host, claims, &plan(Mode::Live), Weather::default());
     assert!(matches!(attempt.outcome, Outcome::HandedOver(_)), "the next attempt of {what}: {:?}", attempt.outcome);
@@ -80,7 +85,9 @@ fn again(guest: FakeGuest, world: &World, claims: &MemoryClaims, what: &str) {
 fn frames(plan: &Plan) -> [usize; 2] {
     let world = World::new();
     let weather = Weather::default();
-    let attempt = migrate(FakeGuest::new(&world), &mut FakeHost::new(&world), &MemoryClaims::default(), plan, weather);
+    let guest = FakeGuest::with_plan(&world, plan);
+    let mut host = FakeHost::expecting(&world, &guest);
+    let attempt = migrate(guest, &mut host, &MemoryClaims::default(), plan, weather);
     assert!(matches!(attempt.outcome, Outcome::HandedOver(_)));
     attempt.frames
 }
@@ -233,8 +240,17 @@ fn the_time_limit_ends_it() {
 
 #[test]
 fn whatever_fails_at_the_source_before_go_the_guest_stays_and_runs() {
-    let steps =
-        ["describe", "slice", "start_dirty_log", "harvest_dirty", "record_given_away", "pause", "save", "release"];
+    let steps = [
+        "describe",
+        "slice",
+        "read",
+        "start_dirty_log",
+        "harvest_dirty",
+        "record_given_away",
+        "pause",
+        "save",
+        "release",
+    ];
     for step in steps {
         let (world, claims) = (World::new(), MemoryClaims::default());
         let guest = FakeGuest { fails: Some(step), ..FakeGuest::new(&world) };
@@ -253,7 +269,7 @@ fn whatever_fails_at_the_source_before_go_the_guest_stays_and_runs() {
 
 #[test]
 fn whatever_fails_at_the_target_before_go_the_guest_stays_and_runs() {
-    for step in ["slice", "restore"] {
+    for step in ["slice", "write", "settle", "restore"] {
         let (world, claims) = (World::new(), MemoryClaims::default());
         let mut host = FakeHost { fails: Some(step), ..FakeHost::new(&world) };
         let attempt = migrate(FakeGuest::new(&world), &mut host, &claims, &plan(Mode::Live), Weather::default());

@@ -6,6 +6,7 @@ mod faults;
 mod goals;
 mod link;
 mod moves;
+mod old_copies;
 mod passed;
 mod strangers;
 mod streams;

@@ -8,10 +8,11 @@ use crate::source::{Outcome, SourceError};
 use crate::target::{Arrival, Fault};
 use crate::wire::{MAX_MACHINE, MAX_STATE};
 use crate::{
-    Claim, Ending, Mode, Phase, Plan, Progress, RamRegion, Report, Role, RoundReport, SwitchReason, TargetPart,
+    Claim, Ending, Mode, Phase, Plan, Progress, RamRegion, Region, Report, Role, RoundReport, SwitchReason, TargetPart,
     total_pages,
 };
 use std::sync::Arc;
+use vm_memory::GuestAddress;
 
 /// A migration that went well.
 pub(super) struct Success {
@@ -25,8 +26,8 @@ pub(super) struct Success {
 /// Migrates a fresh guest and checks what must hold after every success.
 pub(super) fn moves(plan: &Plan, busy: u32, weather: Weather) -> Success {
     let (world, claims) = (World::new(), MemoryClaims::default());
-    let guest = FakeGuest { busy, ..FakeGuest::new(&world) };
-    let (before, mut host) = (Arc::clone(&guest.memory), FakeHost::new(&world));
+    let guest = FakeGuest { busy, ..FakeGuest::with_plan(&world, plan) };
+    let (before, mut host) = (Arc::clone(&guest.memory), FakeHost::expecting(&world, &guest));
     let Attempt { outcome, arrival, source_diary, target_diary, .. } =
         migrate(guest, &mut host, &claims, plan, weather);
     let Outcome::HandedOver(source) = outcome else { panic!("{outcome:?}") };
@@ -190,7 +191,7 @@ fn a_refusal_reaches_the_source_in_the_targets_words() {
 #[test]
 fn another_memory_layout_is_refused() {
     let world = World::new();
-    let regions = vec![REGIONS[0], RamRegion { pages: 71, ..REGIONS[1] }];
+    let regions = vec![REGIONS[0], Region::Ram(RamRegion { start: GuestAddress(1 << 32), pages: 71 }), REGIONS[2]];
     let mut host = FakeHost { regions, ..FakeHost::new(&world) };
     let attempt =
         migrate(FakeGuest::new(&world), &mut host, &MemoryClaims::default(), &plan(Mode::Stop), Weather::default());

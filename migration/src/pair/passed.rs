@@ -16,6 +16,16 @@ fn passing(mode: Mode) -> Plan {
     Plan { memory: MemoryPolicy::Pass, ..plan(mode) }
 }
 
+/// A guest none of whose disks move with it.
+fn guest(world: &World) -> FakeGuest {
+    FakeGuest::with_plan(world, &passing(Mode::Live))
+}
+
+/// Where it may come to.
+fn host(world: &World) -> FakeHost {
+    FakeHost::expecting(world, &guest(world))
+}
+
 fn handles(handles: Handles) -> Weather {
     Weather { handles, ..Weather::default() }
 }
@@ -47,8 +57,8 @@ fn memory_that_is_passed_can_be_verified() {
 #[test]
 fn a_passed_guest_keeps_no_dirty_log() {
     let world = World::new();
-    let (mut host, claims) = (FakeHost { fails: Some("restore"), ..FakeHost::new(&world) }, MemoryClaims::default());
-    let attempt = migrate(FakeGuest::new(&world), &mut host, &claims, &passing(Mode::Live), Weather::default());
+    let (mut host, claims) = (FakeHost { fails: Some("restore"), ..host(&world) }, MemoryClaims::default());
+    let attempt = migrate(guest(&world), &mut host, &claims, &passing(Mode::Live), Weather::default());
     let Outcome::StillOurs(failed) = attempt.outcome else { panic!("{:?}", attempt.outcome) };
     let mut calls = failed.guest.calls;
     calls.dedup();
@@ -74,8 +84,8 @@ fn memory_that_must_be_passed_is_not_copied() {
         (Handles::AreNotTaken, "is passed over a Unix socket between two processes of one host"),
     ] {
         let (world, claims) = (World::new(), MemoryClaims::default());
-        let (guest, mut host) = (FakeGuest::new(&world), FakeHost::new(&world));
-        let attempt = migrate(guest, &mut host, &claims, &passing(Mode::Live), handles(weather));
+        let mut host = host(&world);
+        let attempt = migrate(guest(&world), &mut host, &claims, &passing(Mode::Live), handles(weather));
         let Outcome::StillOurs(failed) = attempt.outcome else { panic!("{:?}", attempt.outcome) };
         assert!(failed.cause.to_string().contains(words), "{}", failed.cause);
         assert!(failed.guest.calls.is_empty() && world.facts().runs_at_source, "the guest never noticed");
@@ -87,8 +97,8 @@ fn memory_that_must_be_passed_is_not_copied() {
 #[test]
 fn a_handle_that_cannot_be_had_leaves_the_guest() {
     let world = World::new();
-    let guest = FakeGuest { fails: Some("handle"), ..FakeGuest::new(&world) };
-    let (mut host, claims) = (FakeHost::new(&world), MemoryClaims::default());
+    let guest = FakeGuest { fails: Some("handle"), ..guest(&world) };
+    let (mut host, claims) = (host(&world), MemoryClaims::default());
     let attempt = migrate(guest, &mut host, &claims, &passing(Mode::Stop), Weather::default());
     let Outcome::StillOurs(failed) = attempt.outcome else { panic!("{:?}", attempt.outcome) };
     assert!(matches!(failed.cause, SourceError::Guest { step: "pass its memory", .. }), "{}", failed.cause);
@@ -99,9 +109,9 @@ fn a_handle_that_cannot_be_had_leaves_the_guest() {
 fn whatever_fails_at_the_target_the_guest_goes_on_in_its_memory() {
     for fails in ["restore", "slice"] {
         let world = World::new();
-        let mut host = FakeHost { fails: Some(fails), ..FakeHost::new(&world) };
+        let mut host = FakeHost { fails: Some(fails), ..host(&world) };
         let plan = Plan { verify: true, ..passing(Mode::Live) };
-        let attempt = migrate(FakeGuest::new(&world), &mut host, &MemoryClaims::default(), &plan, Weather::default());
+        let attempt = migrate(guest(&world), &mut host, &MemoryClaims::default(), &plan, Weather::default());
         let Outcome::StillOurs(failed) = attempt.outcome else { panic!("{fails}: {:?}", attempt.outcome) };
         assert!(world.facts().runs_at_source && failed.stuck.is_none() && host.abandoned.is_some(), "{fails}");
     }

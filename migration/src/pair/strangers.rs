@@ -66,11 +66,11 @@ fn a_stranger_is_told_that_this_is_no_web_server() {
 #[test]
 fn another_version_is_told_both_versions() {
     let mut hello = encoded(&Frame::Ready);
-    hello[4] = 4;
+    hello[4] = 5;
     let (fault, words) = to_target(&hello);
-    assert!(matches!(fault, Fault::Frame(FrameError::Version { found: 4 })), "{fault}");
+    assert!(matches!(fault, Fault::Frame(FrameError::Version { found: 5 })), "{fault}");
     let (_, words) = words.unwrap();
-    assert!(words.contains("speaks version 4") && words.contains("this end version 3"), "{words}");
+    assert!(words.contains("speaks version 5") && words.contains("this end version 4"), "{words}");
 }
 
 #[test]
@@ -136,7 +136,7 @@ fn failure(answers: &[Vec<u8>]) -> SourceError {
 
 #[test]
 fn a_target_that_answers_out_of_turn_does_not_get_the_guest() {
-    let accept = encoded(&Frame::Accept { claims: Uuid::nil(), transfer: Transfer::Copied });
+    let accept = encoded(&Frame::Accept { claims: Uuid::nil(), transfer: Transfer::Copied, old: 0 });
     for wrong in [
         Frame::Ready,
         Frame::Running(Running { restore: Duration::ZERO, start: Duration::ZERO, cpu: Duration::ZERO }),
@@ -157,7 +157,7 @@ fn a_target_that_answers_out_of_turn_does_not_get_the_guest() {
 
 #[test]
 fn a_target_that_has_memory_which_was_not_passed_does_not_get_the_guest() {
-    let accept = Frame::Accept { claims: Uuid::nil(), transfer: Transfer::Passed };
+    let accept = Frame::Accept { claims: Uuid::nil(), transfer: Transfer::Passed, old: 0 };
     let cause = failure(&[encoded(&accept)]);
     assert!(matches!(cause, SourceError::NeverPassed), "{cause}");
 }
@@ -200,7 +200,7 @@ proptest! {
 
     #[test]
     fn noise_at_the_source_leaves_the_guest(noise in prop::collection::vec(any::<u8>(), 1..200), accept in any::<bool>()) {
-        let accept = accept.then_some(Frame::Accept { claims: Uuid::nil(), transfer: Transfer::Copied });
+        let accept = accept.then_some(Frame::Accept { claims: Uuid::nil(), transfer: Transfer::Copied, old: 0 });
         let accepted = accept.as_ref().map(encoded);
         failure(&accepted.into_iter().chain([noise]).collect::<Vec<_>>());
     }

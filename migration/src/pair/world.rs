@@ -1,10 +1,14 @@
 //! The fake guest and the fake host, and the world that both live in: who runs the guest, who has the disk. It cries out
 //! as soon as something happens that must never happen.
 
-use crate::guest::{Claim, Claims, Description, GuestPages, Offer, Refusal, SourceGuest, TargetHost};
+use crate::guest::{
+    Claim, Claims, Description, DiskPages, GuestPages, HostError, Offer, Refusal, SourceGuest, TargetHost,
+};
 use crate::ledger::DirtyLedger;
-use crate::region::{PAGE_SIZE, PageRun, RamRegion, RegionId};
+use crate::region::{PAGE_SIZE, PageIndex, PageRun, RamRegion, Region, RegionId};
+use crate::source::{MemoryPolicy, Plan};
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 use thiserror::Error;
@@ -13,8 +17,16 @@ use vm_memory::{
     Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, MemoryRegionAddress, VolatileSlice,
 };
 
-pub(crate) const REGIONS: [RamRegion; 2] =
-    [RamRegion { start: GuestAddress(0), pages: 600 }, RamRegion { start: GuestAddress(1 << 32), pages: 70 }];
+pub(crate) const REGIONS: [Region; 3] = [
+    Region::Ram(RamRegion { start: GuestAddress(0), pages: 600 }),
+    Region::Ram(RamRegion { start: GuestAddress(1 << 32), pages: 70 }),
+    DISK,
+];
+
+const DISK: Region = Region::Disk { pages: 90 };
+
+/// Where the bytes of the disk are, which is memory here, too; but nobody reaches it so.
+const DISK_AT: GuestAddress = GuestAddress(1 << 40);
 
 /// The first page of region 0 that nobody has touched when the guest starts; from there on it is all hole.
 pub(crate) const HOLE: u64 = 560;
@@ -63,7 +75,11 @@ impl World {
 }
 
 pub(crate) fn memory() -> GuestMemoryMmap<()> {
-    let ranges = REGIONS.map(|region| (region.start, usize::try_from(region.pages).unwrap() * PAGE_SIZE));
+    let start = |region: &Region| match region {
+        Region::Ram(ram) => ram.start,
+        Region::Disk { .. } => DISK_AT,
+    };
+    let ranges = REGIONS.map(|region| (start(&region), usize::try_from(region.pages()).unwrap() * PAGE_SIZE));
     GuestMemoryMmap::from_ranges(&ranges).unwrap()
 }
 
@@ -72,7 +88,7 @@ fn slice(memory: &GuestMemoryMmap<()>, run: PageRun) -> VolatileSlice<'_> {
     region.get_slice(MemoryRegionAddress(run.first.0 * PAGE_SIZE as u64), run.bytes()).unwrap()
 }
 
-/// Every byte of a memory, for comparison.
+/// Every byte of a memory and of the disk, for comparison.
 pub(crate) fn content(memory: &GuestMemoryMmap<()>) -> Vec<u8> {
     let mut all = Vec::new();
     for region in memory.iter() {
@@ -94,6 +110,7 @@ pub(crate) struct GuestSide {
     changed: Arc<Mutex<DirtyLedger>>,
     backed: Arc<Mutex<DirtyLedger>>,
     slowness: Arc<Mutex<Slowness>>,
+    regions: usize,
 }
 
 /// What is taken from a guest: of its second vCPU, which does all of its work.
@@ -121,10 +138,12 @@ pub(crate) struct FakeGuest {
     pub(crate) changed: Arc<Mutex<DirtyLedger>>,
     pub(crate) backed: Arc<Mutex<DirtyLedger>>,
     pub(crate) slowness: Arc<Mutex<Slowness>>,
+    /// What moves.
+    pub(crate) regions: Vec<Region>,
 }
 
 fn ledger() -> Arc<Mutex<DirtyLedger>> {
-    Arc::new(Mutex::new(DirtyLedger::new(&REGIONS.map(|region| region.pages))))
+    Arc::new(Mutex::new(DirtyLedger::new(&REGIONS.map(|region| region.pages()))))
 }
 
 impl FakeGuest {
@@ -142,14 +161,25 @@ impl FakeGuest {
             changed: ledger(),
             backed: ledger(),
             slowness: Arc::default(),
+            regions: REGIONS.to_vec(),
         };
-        for (region, pages) in [(0, HOLE), (1, REGIONS[1].pages)] {
+        for (region, pages) in [(0, HOLE), (1, REGIONS[1].pages()), (2, DISK.pages() / 2)] {
             for page in 0..pages {
                 let value = if page % 5 == 3 { 0 } else { page + 1 };
                 guest.write(region, page, value);
             }
         }
         guest
+    }
+
+    /// A guest with a disk that moves with it, unless the plan is to pass its memory.
+    pub(crate) fn with_plan(world: &World, plan: &Plan) -> Self {
+        let guest = Self::new(world);
+        if plan.memory == MemoryPolicy::Copy {
+            return guest;
+        }
+        (0..DISK.pages()).for_each(|page| guest.write(2, page, 0));
+        Self { regions: REGIONS[..2].to_vec(), ..guest }
     }
 
     /// The guest writes one page: zero all over, or a value in two places.
@@ -165,7 +195,7 @@ impl FakeGuest {
 
 impl GuestSide {
     fn write(&self, region: u16, page: u64, value: u64) {
-        let at = PageRun { region: RegionId(region), first: crate::PageIndex(page), pages: 1 };
+        let at = PageRun { region: RegionId(region), first: PageIndex(page), pages: 1 };
         let slice = slice(&self.memory, at);
         slice.copy_from(&[0_u8; PAGE_SIZE]);
         slice.write_obj(value, 8).unwrap();
@@ -202,8 +232,12 @@ impl GuestSide {
     /// The guest does some of its own work.
     fn work(&self, pages: u32) {
         for _ in 0..self.allowed(pages) {
-            let region = u16::from(self.next_random(4) == 0);
-            let page = self.next_random(REGIONS[usize::from(region)].pages);
+            let region = match self.next_random(8) {
+                0 if self.regions > 2 => 2,
+                0..=1 => 1,
+                _ => 0,
+            };
+            let page = self.next_random(REGIONS[usize::from(region)].pages());
             let value = if self.next_random(3) == 0 { 0 } else { self.next_random(1 << 40) };
             self.write(region, page, value);
         }
@@ -222,16 +256,51 @@ impl GuestPages for GuestSide {
         if self.fails == Some("slice") {
             return Err(Planned("slice"));
         }
+        assert_ne!(run.region, RegionId(2), "a disk is no memory");
         if self.world.facts().runs_at_source {
             self.work(self.busy);
         }
         Ok(slice(&self.memory, run))
     }
 
+    fn disk(&self, region: RegionId) -> Option<&dyn DiskPages> {
+        (region == RegionId(2)).then_some(self as &dyn DiskPages)
+    }
+
     fn leading_hole(&self, run: PageRun) -> u32 {
         let backed = self.backed.lock().unwrap();
         let hole = (run.first.0..).take(run.pages as usize).take_while(|&page| !backed.is_dirty(run.region, page));
         u32::try_from(hole.count()).unwrap()
+    }
+}
+
+/// The bytes of the disk from a page on.
+fn on_disk(memory: &GuestMemoryMmap<()>, first: PageIndex, bytes: usize) -> VolatileSlice<'_> {
+    slice(memory, PageRun { region: RegionId(2), first, pages: u32::try_from(bytes / PAGE_SIZE).unwrap() })
+}
+
+impl DiskPages for GuestSide {
+    fn is_blank(&self) -> bool {
+        unreachable!("nothing comes to the source")
+    }
+
+    fn read(&self, first: PageIndex, into: &mut [u8]) -> Result<(), HostError> {
+        if self.fails == Some("read") {
+            return Err(Planned("read").into());
+        }
+        if self.world.facts().runs_at_source {
+            self.work(self.busy);
+        }
+        on_disk(&self.memory, first, into.len()).copy_to(into);
+        Ok(())
+    }
+
+    fn write(&self, _first: PageIndex, _from: &[u8]) -> Result<(), HostError> {
+        unreachable!("the source's disk is the guest's")
+    }
+
+    fn clear(&self, _first: PageIndex, _pages: u32) -> Result<(), HostError> {
+        unreachable!("the source's disk is the guest's")
     }
 }
 
@@ -249,6 +318,7 @@ impl SourceGuest for FakeGuest {
             changed: Arc::clone(&self.changed),
             backed: Arc::clone(&self.backed),
             slowness: Arc::clone(&self.slowness),
+            regions: self.regions.len(),
         }
     }
 
@@ -256,7 +326,7 @@ impl SourceGuest for FakeGuest {
         if self.fails == Some("describe") {
             return Err(Planned("describe"));
         }
-        Ok(Description { vm: self.vm, regions: REGIONS.to_vec(), machine: self.machine.clone() })
+        Ok(Description { vm: self.vm, regions: self.regions.clone(), machine: self.machine.clone() })
     }
 
     fn start_dirty_log(&mut self) -> Result<(), Planned> {
@@ -355,11 +425,15 @@ pub(crate) struct FakeHost {
     pub(crate) passed: bool,
     pub(crate) fails: Option<&'static str>,
     pub(crate) refusal: Option<&'static str>,
-    pub(crate) regions: Vec<RamRegion>,
+    pub(crate) regions: Vec<Region>,
     pub(crate) state: Option<Vec<u8>>,
     pub(crate) prepared: bool,
     pub(crate) abandoned: Option<String>,
     pub(crate) touched: Arc<Mutex<DirtyLedger>>,
+    /// Whether the disk has what is not durable.
+    pub(crate) unsettled: Arc<AtomicBool>,
+    /// Whether there is nothing on the disk before.
+    pub(crate) is_blank: bool,
 }
 
 impl FakeHost {
@@ -375,17 +449,29 @@ impl FakeHost {
             prepared: false,
             abandoned: None,
             touched: ledger(),
+            unsettled: Arc::default(),
+            is_blank: true,
         }
+    }
+
+    pub(crate) fn expecting(world: &World, guest: &FakeGuest) -> Self {
+        Self { regions: guest.regions.clone(), ..Self::new(world) }
     }
 
     pub(crate) fn refusing(world: &World) -> Self {
         Self { refusal: Some("a guest runs here already"), ..Self::new(world) }
     }
 
+    /// Puts bytes on the disk.
+    pub(crate) fn fill_disk(&self, first: PageIndex, bytes: &[u8]) {
+        on_disk(&self.memory, first, bytes.len()).copy_from(bytes);
+    }
+
     /// The memory, as the engine gets it.
     pub(crate) fn side(&self) -> HostSide {
         let (world, memory) = (self.world.clone(), Arc::clone(&self.memory));
-        HostSide { world, memory, passed: self.passed, fails: self.fails, touched: Arc::clone(&self.touched) }
+        let (touched, unsettled) = (Arc::clone(&self.touched), Arc::clone(&self.unsettled));
+        HostSide { world, memory, passed: self.passed, fails: self.fails, touched, unsettled, is_blank: self.is_blank }
     }
 
     fn may(&self, call: &'static str) -> Result<MutexGuard<'_, Facts>, Planned> {
@@ -401,6 +487,8 @@ pub(crate) struct HostSide {
     passed: bool,
     fails: Option<&'static str>,
     touched: Arc<Mutex<DirtyLedger>>,
+    unsettled: Arc<AtomicBool>,
+    is_blank: bool,
 }
 
 impl GuestPages for HostSide {
@@ -417,12 +505,44 @@ impl GuestPages for HostSide {
         }
         let runs_at_source = self.world.facts().runs_at_source;
         assert!(!self.passed || !runs_at_source, "the target touches memory in which the guest runs");
+        assert_ne!(run.region, RegionId(2), "a disk is no memory");
         self.touched.lock().unwrap().put_back(run);
         Ok(slice(&self.memory, run))
     }
 
+    fn disk(&self, region: RegionId) -> Option<&dyn DiskPages> {
+        (region == RegionId(2)).then_some(self as &dyn DiskPages)
+    }
+
     fn leading_hole(&self, _run: PageRun) -> u32 {
         0
+    }
+}
+
+impl DiskPages for HostSide {
+    fn is_blank(&self) -> bool {
+        self.is_blank
+    }
+
+    fn read(&self, first: PageIndex, into: &mut [u8]) -> Result<(), HostError> {
+        on_disk(&self.memory, first, into.len()).copy_to(into);
+        Ok(())
+    }
+
+    fn write(&self, first: PageIndex, from: &[u8]) -> Result<(), HostError> {
+        if self.fails == Some("write") {
+            return Err(Planned("write").into());
+        }
+        self.unsettled.store(true, Ordering::Relaxed);
+        on_disk(&self.memory, first, from.len()).copy_from(from);
+        Ok(())
+    }
+
+    fn clear(&self, first: PageIndex, pages: u32) -> Result<(), HostError> {
+        self.unsettled.store(true, Ordering::Relaxed);
+        let zeros = vec![0_u8; pages as usize * PAGE_SIZE];
+        on_disk(&self.memory, first, zeros.len()).copy_from(&zeros);
+        Ok(())
     }
 }
 
@@ -441,8 +561,14 @@ impl TargetHost for FakeHost {
         Ok(self.side())
     }
 
-    fn regions(&self) -> Vec<RamRegion> {
+    fn regions(&self) -> Vec<Region> {
         self.regions.clone()
+    }
+
+    fn settle(&mut self) -> Result<(), Planned> {
+        drop(self.may("settle")?);
+        self.unsettled.store(false, Ordering::Relaxed);
+        Ok(())
     }
 
     fn restore(&mut self, state: &[u8]) -> Result<(), Planned> {
@@ -452,6 +578,7 @@ impl TargetHost for FakeHost {
             return Err(Planned("taking the disk"));
         }
         assert!(!facts.runs_at_source, "the guest runs without its disk");
+        assert!(!self.unsettled.load(Ordering::Relaxed), "what came of the disk is not durable");
         facts.disk = Holder::Target;
         drop(facts);
         self.state = Some(state.to_vec());

@@ -4,6 +4,7 @@ use crate::channel::ChannelError;
 use crate::convergence::SwitchReason;
 use crate::guest::HostError;
 use crate::link::LinkError;
+use crate::region::{PageIndex, RegionId};
 use crate::wire::{FrameError, Kind};
 use std::fmt;
 use std::time::Duration;
@@ -48,6 +49,21 @@ pub enum SourceError {
         "Memory is passed over a Unix socket between two processes of one host, and here is none; copy it (--memory copy)"
     )]
     NotPassable,
+    /// The target lacks what there is not.
+    #[error("The target asks for {pages} pages from page {first} of region {region}, which the guest does not have")]
+    NoSuchPages {
+        /// The region.
+        region: RegionId,
+        /// The first page.
+        first: PageIndex,
+        /// How many.
+        pages: u32,
+    },
+    /// The guest's memory was to be passed, and disks are to move with it.
+    #[error(
+        "Memory is not passed where disks move with the guest: copy it (--memory copy), or leave the disks where they are"
+    )]
+    PassedWithDisks,
     /// The guest's memory was passed and did not arrive.
     #[error(
         "The guest's memory was passed and did not arrive, as where something forwards the socket to another host; copy it \
@@ -151,6 +167,8 @@ impl SourceError {
             | Self::Guest { .. }
             | Self::TooLarge { .. }
             | Self::NotPassable
+            | Self::PassedWithDisks
+            | Self::NoSuchPages { .. }
             | Self::NotPassed
             | Self::NeverPassed
             | Self::Frame(_)

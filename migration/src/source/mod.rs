@@ -34,7 +34,7 @@ use crate::guest::{Description, GuestPages, HandleOf, SourceGuest};
 use crate::link::{Link, LinkError};
 use crate::pacer::Pacer;
 use crate::progress::{Observer, Phase};
-use crate::region::{MAX_REGION_PAGES, MAX_REGIONS, RamRegion};
+use crate::region::{MAX_REGION_PAGES, MAX_REGIONS, Region};
 use crate::report::Report;
 use crate::wire::{Frame, Hello, Kind, MAX_MACHINE, MAX_STATE, Mode, Seal, Transfer};
 use custody::{Custody, Step};
@@ -98,7 +98,7 @@ pub enum Outcome<G> {
 /// The guest may run; the ledger has what the target lacks.
 struct Precopy<G> {
     custody: Custody<G>,
-    regions: Vec<RamRegion>,
+    regions: Vec<Region>,
     /// The ledger is empty where memory was passed: the target has all of it, as it is at any moment.
     transfer: Transfer,
     round: u32,
@@ -184,16 +184,16 @@ impl<G: SourceGuest> Precopy<G> {
         let offered = describe(&custody.guest).and_then(|description| {
             drive.is_about(description.vm);
             drive.check()?;
-            let handle = handle_to_pass(&custody.guest, drive)?;
+            let handle = handle_to_pass(&custody.guest, &description, drive)?;
             let offered = if handle.is_some() { Transfer::Passed } else { Transfer::Copied };
             drive.send(&Frame::Hello(hello(drive.plan, drive.streams.count, offered, &description)))?;
             handle.iter().try_for_each(|handle| drive.send_handle(handle))?;
-            let (claims, transfer) = match drive.answer(Kind::Accept)? {
-                Answer::Accept { claims, transfer } => (claims, transfer),
+            let (claims, transfer, old) = match drive.answer(Kind::Accept)? {
+                Answer::Accept { claims, transfer, old } => (claims, transfer, old),
                 other => return Err(SourceError::OutOfTurn { found: other.kind(), expected: Kind::Accept }),
             };
             check_transfer(drive.plan.memory, offered, transfer)?;
-            drive.memory_goes(transfer, &description.regions);
+            drive.memory_goes(transfer, &description.regions, old);
             Ok((description, claims, transfer))
         });
         match offered {
@@ -258,6 +258,9 @@ impl<G: SourceGuest> Precopy<G> {
     fn round<L: Link>(&mut self, drive: &mut Drive<'_, L>) -> Result<bool, SourceError> {
         self.round += 1;
         let sent = drive.send_round(self.round, &self.custody.guest.memory(), drive.cut_at())?;
+        if self.round == 1 {
+            drive.hear_what_lacks()?;
+        }
         let unsent = drive.streams.ledger.lock().dirty_pages();
         let dirty_at_end = drive.log(|drive| self.harvest(drive))?;
         drive.round_done(crate::RoundReport { dirty_at_end, ..sent });
@@ -333,8 +336,13 @@ impl<G: SourceGuest> Stopped<G> {
             Transfer::Passed => Ok(()),
             Transfer::Copied => {
                 drive.enter(Phase::LastPages);
-                let last = drive.send_round(self.precopy.round + 1, &self.precopy.custody.guest.memory(), None)?;
+                let Precopy { custody, round, .. } = &self.precopy;
+                let last = drive.send_round(round + 1, &custody.guest.memory(), None)?;
                 drive.round_done(last);
+                if *round == 0 && drive.hear_what_lacks()? {
+                    let rest = drive.send_round(2, &custody.guest.memory(), None)?;
+                    drive.round_done(rest);
+                }
                 Ok(())
             }
         }
@@ -396,9 +404,9 @@ fn describe<G: SourceGuest>(guest: &G) -> Result<Description, SourceError> {
     let description =
         described.map_err(|error| SourceError::Guest { step: "describe itself", source: host_error(error) })?;
     fits("The description", description.machine.len() as u64, MAX_MACHINE as u64)?;
-    fits("The number of memory regions", description.regions.len() as u64, MAX_REGIONS as u64)?;
+    fits("The number of regions", description.regions.len() as u64, MAX_REGIONS as u64)?;
     for region in &description.regions {
-        fits("The number of pages in a memory region", region.pages, MAX_REGION_PAGES)?;
+        fits("The number of pages in a region", region.pages(), MAX_REGION_PAGES)?;
     }
     Ok(description)
 }
@@ -417,11 +425,16 @@ fn hello<'a>(plan: &Plan, streams: NonZeroU16, transfer: Transfer, description: 
 /// The handle to the guest's memory, if it is to be passed.
 fn handle_to_pass<G: SourceGuest, L: Link>(
     guest: &G,
+    description: &Description,
     drive: &mut Drive<'_, L>,
 ) -> Result<Option<HandleOf<G::Memory>>, SourceError> {
+    let with_disks = description.regions.iter().any(|region| matches!(region, Region::Disk { .. }));
     match (drive.plan.memory, drive.carries_handles()) {
         (MemoryPolicy::Copy, _) | (MemoryPolicy::Auto, false) => Ok(None),
         (MemoryPolicy::Pass, false) => Err(SourceError::NotPassable),
+        // Disks come in rounds, and the memory that belongs to them with them.
+        (MemoryPolicy::Auto, true) if with_disks => Ok(None),
+        (MemoryPolicy::Pass, true) if with_disks => Err(SourceError::PassedWithDisks),
         (MemoryPolicy::Auto | MemoryPolicy::Pass, true) => match guest.memory().handle() {
             Ok(handle) => Ok(Some(handle)),
             Err(error) => Err(SourceError::Guest { step: "pass its memory", source: host_error(error) }),

@@ -7,7 +7,7 @@ use crate::batch::Batch;
 use crate::channel::Channel;
 use crate::clock::Clock;
 use crate::counts::PageCounts;
-use crate::guest::{GuestPages, HostError, exact_slice};
+use crate::guest::{GuestPages, HostError};
 use crate::link::Link;
 use crate::policy::{Choice, Measured};
 use std::time::Duration;
@@ -95,9 +95,7 @@ impl<'a> Sender<'a> {
             ..Measured::default()
         };
         if pages.sent() > 0 {
-            let raw: Result<Vec<_>, _> = self.batch.records().raw_runs().map(|run| exact_slice(memory, run)).collect();
-            let raw = raw.map_err(access)?;
-            let frame = self.batch.pages(&codecs);
+            let (frame, raw) = self.batch.pages(&codecs, memory).map_err(access)?;
             (measured.block, measured.packed) = (frame.block.unpacked as u64, frame.block.bytes.len() as u64);
             measured.queued_before = watch.in_flight(channel.link());
             let (packed, packed_cpu, bytes) = (watch.now(), watch.cpu(), channel.bytes());
@@ -111,7 +109,10 @@ impl<'a> Sender<'a> {
             measured.queued_after = sent.queued;
             self.last = Some(sent);
         }
-        streams.note(round, &codecs, &measured);
+        // What digests cost says nothing of codecs.
+        if pages.kept == 0 {
+            streams.note(round, &codecs, &measured);
+        }
         Ok(true)
     }
 }

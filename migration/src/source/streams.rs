@@ -42,6 +42,8 @@ pub(super) struct Streams {
     /// What the round under way has sent, over all streams.
     pub(super) sent: Sent,
     pacer: Option<Pacer>,
+    /// The regions of which the target has an old copy, a bit for each.
+    old: AtomicU64,
     /// Whether the round under way is to end with pages left in the ledger.
     cut_short: AtomicBool,
     orders: Mutex<Orders>,
@@ -119,6 +121,7 @@ impl Streams {
             history: OnceLock::new(),
             sent: Sent::default(),
             pacer,
+            old: AtomicU64::new(0),
             cut_short: AtomicBool::new(false),
             orders: Mutex::new(orders),
             ordered: Bell::new(),
@@ -126,8 +129,10 @@ impl Streams {
         }
     }
 
-    /// Makes the ledger, and remembers from now on what was sent, for regions of these lengths in pages.
-    pub(super) fn prepare(&self, pages_per_region: &[u64], delta_cache: usize) {
+    /// Makes the ledger, and remembers from now on what was sent, for regions of these lengths in pages. `old` are those of
+    /// which the target has an old copy, a bit for each: of them, the first round sends digests.
+    pub(super) fn prepare(&self, pages_per_region: &[u64], old: u64, delta_cache: usize) {
+        self.old.store(old, Ordering::Relaxed);
         *self.ledger.lock() = DirtyLedger::new(pages_per_region);
         self.history.get_or_init(|| History::new(delta_cache, pages_per_region));
     }
@@ -165,7 +170,8 @@ impl Streams {
     pub(super) fn method(&self, round: u32, Choice { codecs, pages }: Choice) -> Result<Method<'_>, HostError> {
         let history = self.history.get_or_init(|| History::new(0, &[]));
         history.prepare(&codecs, round)?;
-        Ok(Method { codecs, history, round, pages })
+        let old = if round == 1 { self.old.load(Ordering::Relaxed) } else { 0 };
+        Ok(Method { codecs, history, round, pages, old })
     }
 
     /// What every stream keeps to, if there is a cap.
@@ -176,6 +182,11 @@ impl Streams {
     /// An empty frame, of a size that keeps to the cap.
     pub(super) fn batch(&self) -> Batch {
         Batch::new(self.pacer.as_ref().map_or(u32::MAX, Pacer::pages_per_frame))
+    }
+
+    /// Whether the target has old copies, and so says after the first round what they lack.
+    pub(super) fn has_old(&self) -> bool {
+        self.old.load(Ordering::Relaxed) != 0
     }
 
     /// Has every further stream send its share of a round.

@@ -9,7 +9,7 @@ use crate::codec::PageCode;
 use crate::guest::GuestPages;
 use crate::ledger::LANES;
 use crate::page_set::PageSet;
-use crate::region::{PageIndex, PageRun, RamRegion, RegionId};
+use crate::region::{PageIndex, PageRun, Region, RegionId};
 use crate::wire::Records;
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -50,8 +50,8 @@ struct Ahead {
 }
 
 impl Backing {
-    pub(super) fn new(regions: &[RamRegion]) -> Self {
-        let extents: Vec<u64> = regions.iter().map(|region| region.pages / u64::from(EXTENT_PAGES)).collect();
+    pub(super) fn new(regions: &[Region]) -> Self {
+        let extents: Vec<u64> = regions.iter().map(extents_of).collect();
         let asked = PageSet::new(extents.iter().copied());
         Self { asked, extents, ahead: Mutex::default(), ended: AtomicBool::new(false) }
     }
@@ -100,6 +100,14 @@ impl Backing {
     }
 }
 
+/// How many whole extents a region has. Disks are not memory.
+fn extents_of(region: &Region) -> u64 {
+    match region {
+        Region::Ram(ram) => ram.pages / u64::from(EXTENT_PAGES),
+        Region::Disk { .. } => 0,
+    }
+}
+
 /// The extents that a run has pages in, and how many.
 fn parts(run: PageRun) -> impl Iterator<Item = (RegionId, u64, u64)> {
     let (start, end, extent) = (run.first.0, run.first.0 + u64::from(run.pages), u64::from(EXTENT_PAGES));
@@ -112,6 +120,8 @@ fn parts(run: PageRun) -> impl Iterator<Item = (RegionId, u64, u64)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::guest::DiskPages;
+    use crate::region::RamRegion;
     use crate::wire::PageRecord;
     use std::convert::Infallible;
     use std::sync::Arc;
@@ -137,6 +147,10 @@ mod tests {
             unreachable!("backing touches no memory itself")
         }
 
+        fn disk(&self, _region: RegionId) -> Option<&dyn DiskPages> {
+            None
+        }
+
         fn leading_hole(&self, _run: PageRun) -> u32 {
             0
         }
@@ -152,7 +166,7 @@ mod tests {
     }
 
     fn backing(pages: u64) -> Backing {
-        Backing::new(&[RamRegion { start: GuestAddress(0), pages }])
+        Backing::new(&[Region::Ram(RamRegion { start: GuestAddress(0), pages })])
     }
 
     fn expect(backing: &Backing, host: &Asked, runs: &[(u64, u32, PageCode)]) {

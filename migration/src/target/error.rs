@@ -57,6 +57,12 @@ pub enum Fault {
         /// How many.
         pages: u32,
     },
+    /// The source sent digests where there is nothing that they could be of.
+    #[error("The source sent digests of region {region}, of which there is no old copy here")]
+    NoOldCopy {
+        /// The region.
+        region: RegionId,
+    },
     /// The source sent pages in an encoding that is none.
     #[error("The source sent pages that cannot be decoded")]
     Malformed(#[source] Malformed),
@@ -125,6 +131,7 @@ impl Fault {
             | Self::Frame(_)
             | Self::OutOfTurn { .. }
             | Self::NoSuchPages { .. }
+            | Self::NoOldCopy { .. }
             | Self::Malformed(_)
             | Self::NoOriginal { .. }
             | Self::TooManyRounds { .. }

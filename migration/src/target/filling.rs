@@ -1,12 +1,12 @@
 //! The target while memory comes in, and its check of the whole.
 
 use super::error::Fault;
-use super::intake::{Intake, compare, memory, same};
+use super::intake::{Intake, compare, failed, same};
 use crate::clock::Clock;
 use crate::counts::PageCounts;
 use crate::digest::{self, TranscriptDigest};
 use crate::guest::GuestPages;
-use crate::region::RegionId;
+use crate::region::{Region, RegionId};
 use crate::report::{CpuReport, Ending, PhaseReport, Report, Role, RoundReport, ms};
 use crate::wire::{Hello, Mode, Records, RoundEnd, Running, Seal, Transfer};
 use std::fmt;
@@ -118,12 +118,13 @@ impl<M: GuestPages> Filling<M> {
         }
         same("The number of pages after the last round", self.share.sent(), 0)?;
         let regions = self.intake.regions();
-        let digests = if self.incoming.verify { regions.len() } else { 0 };
+        let memory = regions.iter().filter(|region| matches!(region, Region::Ram(_))).count();
+        let digests = if self.incoming.verify { memory } else { 0 };
         same("The number of digests of memory", digests as u64, seal.memory.len() as u64)?;
         if !self.incoming.verify {
             return Ok(());
         }
-        let here = digest::of_memory(self.intake.memory(), regions).map_err(memory)?;
+        let here = digest::of_memory(self.intake.memory(), regions).map_err(failed)?;
         match (0..).zip(here.iter().zip(&seal.memory)).find(|(_, (here, there))| here != there) {
             Some((region, _)) => Err(Fault::MemoryDiffers { region: RegionId(region) }),
             None => Ok(()),

@@ -12,7 +12,7 @@ use crate::digest::TranscriptDigest;
 use crate::guest::{GuestPages, HostError};
 use crate::link::Link;
 use crate::page_set::PageSet;
-use crate::region::{PageRun, RamRegion};
+use crate::region::{PageRun, Region, RegionId};
 use crate::wire::{Records, RoundEnd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -22,10 +22,12 @@ use std::time::Duration;
 #[derive(Debug)]
 pub(super) struct Intake<M> {
     memory: M,
-    regions: Vec<RamRegion>,
+    regions: Vec<Region>,
     backing: Backing,
     /// The pages that are not zero any more.
     pub(super) written: PageSet,
+    /// The pages that an old copy of a disk does not have.
+    pub(super) lacking: PageSet,
     /// The pages that came in a block in the round under way.
     pub(super) arrived: PageSet,
     round: Mutex<Round>,
@@ -58,20 +60,32 @@ struct Round {
 
 impl<M: GuestPages> Intake<M> {
     /// Fresh memory, which `streams` streams will fill.
-    pub(super) fn new(memory: M, regions: Vec<RamRegion>, streams: u16) -> Self {
+    pub(super) fn new(memory: M, regions: Vec<Region>, streams: u16) -> Self {
         let transcripts = vec![TranscriptDigest::default(); usize::from(streams) - 1];
         let round = Round { number: 1, ended: 0, last: PageCounts::default(), over: false, failure: None, transcripts };
-        let written = PageSet::new(regions.iter().map(|region| region.pages));
-        let arrived = PageSet::new(regions.iter().map(|region| region.pages));
+        let written = PageSet::new(regions.iter().map(Region::pages));
+        let arrived = PageSet::new(regions.iter().map(Region::pages));
+        let lacking = PageSet::new(regions.iter().map(Region::pages));
+        for (region, layout) in (0..).map(RegionId).zip(&regions) {
+            if memory.disk(region).is_some_and(|disk| !disk.is_blank()) {
+                written.add_all(region, layout.pages());
+            }
+        }
         let (backing, round, news, came) = (Backing::new(&regions), Mutex::new(round), Bell::new(), Came::default());
-        Self { memory, regions, backing, written, arrived, round, news, came }
+        Self { memory, regions, backing, written, lacking, arrived, round, news, came }
+    }
+
+    /// The regions of which there is an old copy, a bit for each.
+    pub(super) fn old(&self) -> u64 {
+        let is_old = |region: &u16| self.memory.disk(RegionId(*region)).is_some_and(|disk| !disk.is_blank());
+        (0..).take(self.regions.len()).filter(is_old).fold(0, |all, region| all | 1 << region)
     }
 
     pub(super) fn memory(&self) -> &M {
         &self.memory
     }
 
-    pub(super) fn regions(&self) -> &[RamRegion] {
+    pub(super) fn regions(&self) -> &[Region] {
         &self.regions
     }
 
@@ -98,7 +112,7 @@ impl<M: GuestPages> Intake<M> {
         let PageRun { region, first, pages } = run;
         let end = first.0.checked_add(u64::from(pages));
         match self.regions.get(usize::from(region.0)) {
-            Some(layout) if end.is_some_and(|end| end <= layout.pages) => Ok(()),
+            Some(layout) if end.is_some_and(|end| end <= layout.pages()) => Ok(()),
             _ => Err(Fault::NoSuchPages { region, first, pages }),
         }
     }
@@ -225,9 +239,9 @@ pub(super) fn compare(pages: PageCounts, end: RoundEnd, number: u32) -> Result<(
     same("The number of zero pages of a round", pages.zero, end.zero_pages)
 }
 
-/// What went wrong with guest memory.
-pub(super) fn memory(source: HostError) -> Fault {
-    Fault::Host { step: "give access to the guest's memory", source }
+/// What went wrong with guest memory, or a disk.
+pub(super) fn failed(source: HostError) -> Fault {
+    Fault::Host { step: "give access to the guest's pages", source }
 }
 
 pub(super) fn same(what: &'static str, here: u64, there: u64) -> Result<(), Fault> {

@@ -28,7 +28,7 @@ pub use receive::{Arrival, Further, Reception, receive};
 use crate::channel::host_error;
 use crate::guest::{Claim, Claims, GuestPages, HandleOf, Offer, Refusal, TargetHost};
 use crate::progress::Phase;
-use crate::region::RamRegion;
+use crate::region::Region;
 use crate::wire::{Frame, Hello, Running, Seal, Transfer};
 use std::time::Duration;
 use uuid::Uuid;
@@ -103,11 +103,12 @@ impl<M: GuestPages> Target<M> {
                 let transfer = if passed.is_some() { Transfer::Passed } else { Transfer::Copied };
                 let memory = prepare(&hello, passed, host)?;
                 let filling = Box::new(Filling::new(hello, transfer, memory, at));
+                let old = filling.intake.old();
                 let next = match transfer {
                     Transfer::Copied => Self::Filling(filling),
                     Transfer::Passed => Self::AwaitState(filling),
                 };
-                Ok((next, Reply::Send(Frame::Accept { claims: claims.identity(), transfer })))
+                Ok((next, Reply::Send(Frame::Accept { claims: claims.identity(), transfer, old })))
             }
             (Self::AwaitHello, Frame::Query { session, claims: asked }) => {
                 let stands = verdict(session, asked, claims)?;
@@ -188,7 +189,7 @@ fn prepare<H: TargetHost>(
     if here == *regions {
         return Ok(memory);
     }
-    let list = |regions: &[RamRegion]| regions.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+    let list = |regions: &[Region]| regions.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
     let (here, there) = (list(&here), list(regions));
     Err(Fault::Refused(Refusal::new(format!("Its memory is {there}, but this machine's would be {here}"))))
 }

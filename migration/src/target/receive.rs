@@ -1,18 +1,17 @@
 //! The driver of the target: reads frames, moves page data into guest memory, answers, and ends well whatever happens.
 
-use super::install::{Wait, install};
+use super::install::{Buffers, Wait, install, receive_raw};
 use super::intake::Intake;
 use super::streams::Doorman;
 use super::{Arrived, AwaitStreams, Fault, Filling, Moment, Reply, Target};
 use crate::bell::Bell;
-use crate::channel::{Channel, TICK, in_words};
+use crate::channel::{Channel, TICK, host_error, in_words};
 use crate::clock::Clock;
-use crate::codec::block::Unpacker;
 use crate::guest::{Claim, Claims, GuestPages, HandleOf, TargetHost};
 use crate::link::{Link, LinkError};
 use crate::progress::{Moved, Observer, Phase, Progress};
 use crate::report::{PhaseReport, Report, ms, per_second};
-use crate::wire::{Frame, Hello, Transfer};
+use crate::wire::{Frame, Hello, MAX_LACKS, Transfer};
 use std::fmt;
 use std::sync::Arc;
 use std::thread;
@@ -114,7 +113,7 @@ struct Driver<'a, L, M> {
     channel: Channel<'a, L>,
     around: Reception<'a>,
     body: Vec<u8>,
-    unpacker: Unpacker,
+    buffers: Buffers,
     /// The session, once the host has made room for its guest.
     session: Option<Uuid>,
     /// Where the guest's pages go.
@@ -136,7 +135,7 @@ impl<'a, M: GuestPages, L: Link<Handle = M::Handle>> Driver<'a, L, M> {
             channel,
             around,
             body,
-            unpacker: Unpacker::new(),
+            buffers: Buffers::default(),
             session: None,
             intake: None,
             lost_stream: None,
@@ -175,7 +174,7 @@ impl<'a, M: GuestPages, L: Link<Handle = M::Handle>> Driver<'a, L, M> {
         claims: &C,
     ) -> Result<Target<M>, Fault> {
         match target {
-            Target::AwaitStreams(waiting) => self.await_streams(waiting),
+            Target::AwaitStreams(waiting) => self.await_streams(waiting, host),
             other => self.take_frame(other, host, claims),
         }
     }
@@ -207,8 +206,8 @@ impl<'a, M: GuestPages, L: Link<Handle = M::Handle>> Driver<'a, L, M> {
                     let mut idle = |bell: &Bell, seen, limit| link.idle(bell, seen, limit);
                     let Reception { clock, observer: _, patience } = &self.around;
                     let wait = Wait { clock: *clock, limit: *patience, idle: &mut idle };
-                    let raw = install(&filling.intake, pages, &mut self.unpacker, wait)?;
-                    self.channel.receive_pages(&raw).map_err(Fault::Link)?;
+                    install(&filling.intake, pages, &mut self.buffers, wait)?;
+                    receive_raw(&filling.intake, pages.records, &mut self.buffers, &mut self.channel)?;
                     self.tell_progress(filling);
                 }
             }
@@ -219,7 +218,11 @@ impl<'a, M: GuestPages, L: Link<Handle = M::Handle>> Driver<'a, L, M> {
     }
 
     /// Waits until the further streams have ended the round, too.
-    fn await_streams(&mut self, waiting: AwaitStreams<M>) -> Result<Target<M>, Fault> {
+    fn await_streams<H: TargetHost<Memory = M>>(
+        &mut self,
+        waiting: AwaitStreams<M>,
+        host: &mut H,
+    ) -> Result<Target<M>, Fault> {
         let (intake, limit) = (Arc::clone(waiting.intake()), self.around.patience);
         let (mut end, mut bytes) = (self.around.clock.now() + limit, intake.further_bytes());
         loop {
@@ -241,7 +244,13 @@ impl<'a, M: GuestPages, L: Link<Handle = M::Handle>> Driver<'a, L, M> {
         }
         let (filling, round) =
             waiting.round_done(moment(&self.around, &self.channel, Some(&intake), self.cpu_before))?;
+        host.settle().map_err(|error| Fault::Host { step: "make its disks durable", source: host_error(error) })?;
         self.around.observer.on(Progress::RoundDone(round));
+        // Only the first round may bring digests.
+        let lacking = if round.round == 1 { intake.lacking.take() } else { Vec::new() };
+        for runs in lacking.chunks(MAX_LACKS) {
+            self.channel.send(&Frame::Lacks(runs.to_vec())).map_err(Fault::Link)?;
+        }
         self.say(&Frame::Installed { round: round.round });
         Ok(Target::Filling(filling))
     }

@@ -4,13 +4,12 @@
 //! stream of this migration it is may be a question about another one, which is answered, or a stranger.
 
 use super::error::Fault;
-use super::install::{Wait, install};
+use super::install::{Buffers, Wait, install, receive_raw};
 use super::intake::Intake;
 use super::{Further, verdict};
 use crate::bell::Bell;
 use crate::channel::{Channel, TICK, in_words};
 use crate::clock::Clock;
-use crate::codec::block::Unpacker;
 use crate::counts::PageCounts;
 use crate::guest::{Claims, GuestPages};
 use crate::link::{Cutter, Link};
@@ -155,7 +154,7 @@ where
                 stream,
                 channel: Channel::new(&mut link),
                 body: Vec::new(),
-                unpacker: Unpacker::new(),
+                buffers: Buffers::default(),
                 clock,
                 patience,
                 share: PageCounts::default(),
@@ -177,7 +176,7 @@ struct Worker<'a, 'l, L, M> {
     stream: u16,
     channel: Channel<'l, L>,
     body: Vec<u8>,
-    unpacker: Unpacker,
+    buffers: Buffers,
     clock: &'a dyn Clock,
     patience: Duration,
     /// What it has brought in the round under way.
@@ -209,8 +208,8 @@ impl<L: Link, M: GuestPages> Worker<'_, '_, L, M> {
                 let link = self.channel.link();
                 let mut idle = |bell: &Bell, seen, limit| link.idle(bell, seen, limit);
                 let wait = Wait { clock: self.clock, limit: self.patience, idle: &mut idle };
-                let raw = install(self.intake, pages, &mut self.unpacker, wait)?;
-                self.channel.receive_pages(&raw).map_err(Fault::Link)?;
+                install(self.intake, pages, &mut self.buffers, wait)?;
+                receive_raw(self.intake, pages.records, &mut self.buffers, &mut self.channel)?;
                 self.count();
                 Ok(true)
             }

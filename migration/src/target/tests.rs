@@ -1,14 +1,13 @@
 //! The target's states, frame by frame, without a link; and what a stranger on the link is told.
 
-use super::install::{Wait, install};
+use super::install::{Buffers, Wait, install};
 use super::*;
-use crate::codec::block::Unpacker;
 use crate::codec::{BlockCode, PageCode};
 use crate::digest::TranscriptDigest;
 use crate::pair::world::{FakeHost, HostSide, MemoryClaims, REGIONS, STATE, World};
 use crate::region::{MAX_REGIONS, PAGE_SIZE, PageIndex, PageRun, RegionId};
 use crate::wire::{Join, Kind, Mode, PackedBlock, PageRecord, Pages, Records, RoundEnd};
-use crate::{Clock, GuestPages, RamRegion};
+use crate::{Clock, GuestPages, RamRegion, Region};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
@@ -90,7 +89,7 @@ impl Bench {
         let (target, reply) = target.on_frame(frame, None, at(), &mut self.host, &self.claims)?;
         if let (Target::Filling(filling), Some(pages)) = (&target, pages) {
             let wait = Wait { clock: &CLOCK, limit: Duration::from_secs(9), idle: &mut |_, _, _| {} };
-            install(&filling.intake, pages, &mut Unpacker::new(), wait)?;
+            install(&filling.intake, pages, &mut Buffers::default(), wait)?;
         }
         self.target = Some(match target {
             // There are no other streams.
@@ -114,7 +113,7 @@ impl Bench {
 fn frames(records: &[PageRecord]) -> Vec<Frame<'_>> {
     vec![
         Frame::Hello(hello()),
-        Frame::Accept { claims: Uuid::nil(), transfer: Transfer::Copied },
+        Frame::Accept { claims: Uuid::nil(), transfer: Transfer::Copied, old: 0 },
         Frame::Refuse { reason: "" },
         runs(records),
         Frame::RoundEnd(RoundEnd { round: 1, pages: 0, zero_pages: 0 }),
@@ -226,13 +225,14 @@ fn an_answer_is_the_same_each_time() {
 #[test]
 fn pages_outside_of_the_guest_are_a_fault() {
     for wrong in [
-        record(2, 0, 1, PageCode::Raw),
-        record(0, REGIONS[0].pages, 1, PageCode::Zero),
-        record(1, REGIONS[1].pages - 1, 2, PageCode::Raw),
+        record(3, 0, 1, PageCode::Raw),
+        record(2, REGIONS[2].pages(), 1, PageCode::Raw),
+        record(0, REGIONS[0].pages(), 1, PageCode::Zero),
+        record(1, REGIONS[1].pages() - 1, 2, PageCode::Raw),
         record(u16::MAX, u64::MAX, u32::MAX, PageCode::Zero),
     ] {
         let mut bench = Bench::before(Kind::State);
-        let right = record(1, REGIONS[1].pages - 1, 1, PageCode::Raw);
+        let right = record(1, REGIONS[1].pages() - 1, 1, PageCode::Raw);
         assert_eq!(bench.send(runs(&[right])).unwrap(), Reply::Fill);
         let fault = bench.send(runs(&[right, wrong])).unwrap_err();
         assert!(matches!(fault, Fault::NoSuchPages { .. }), "{wrong:?}: {fault}");
@@ -296,11 +296,13 @@ fn rounds_without_end_are_a_fault() {
 #[test]
 fn a_layout_that_is_not_the_hosts_is_refused() {
     let too_many = vec![REGIONS[0]; MAX_REGIONS];
-    for regions in [Vec::new(), REGIONS[..1].to_vec(), vec![REGIONS[1], REGIONS[0]], too_many] {
+    for regions in [Vec::new(), REGIONS[..1].to_vec(), vec![REGIONS[1], REGIONS[0], REGIONS[2]], too_many] {
         let fault = Bench::new().send(Frame::Hello(Hello { regions: regions.clone(), ..hello() })).unwrap_err();
         assert!(matches!(fault, Fault::Refused(_)), "{regions:?}");
     }
-    let moved = RamRegion { start: vm_memory::GuestAddress(4096), ..REGIONS[0] };
-    let fault = Bench::new().send(Frame::Hello(Hello { regions: vec![moved, REGIONS[1]], ..hello() })).unwrap_err();
-    assert!(crate::channel::in_words(&fault).contains("600 pages at 0x1000, 70 pages at 0x100000000"), "{fault}");
+    let moved = Region::Ram(RamRegion { start: vm_memory::GuestAddress(4096), pages: 600 });
+    let regions = vec![moved, REGIONS[1], Region::Disk { pages: 91 }];
+    let fault = Bench::new().send(Frame::Hello(Hello { regions, ..hello() })).unwrap_err();
+    let layout = "600 pages at 0x1000, 70 pages at 0x100000000, a disk of 91 pages";
+    assert!(crate::channel::in_words(&fault).contains(layout), "{fault}");
 }

@@ -6,7 +6,7 @@ use super::pages::Pages;
 use super::{FrameError, MAX_BUILD, MAX_MACHINE, MAX_REASON, MAX_STREAMS};
 use crate::digest::TranscriptDigest;
 use crate::guest::Claim;
-use crate::region::{MAX_REGION_PAGES, MAX_REGIONS, RamRegion};
+use crate::region::{MAX_REGION_PAGES, MAX_REGIONS, PageIndex, PageRun, RamRegion, Region, RegionId};
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
 use uuid::Uuid;
@@ -62,6 +62,8 @@ pub enum Frame<'a> {
         claims: Uuid,
         /// Whether the target has got the memory that was passed, if any was.
         transfer: Transfer,
+        /// The regions of which it has an old copy: a bit for each, the lowest for region 0.
+        old: u64,
     },
     /// The offer is not taken.
     Refuse {
@@ -107,6 +109,8 @@ pub enum Frame<'a> {
         /// The last round, from 1, of which all pages are in the guest's memory.
         round: u32,
     },
+    /// Pages that the target's old copies of disks do not have, of the round under way; at least one run, and at most [`MAX_LACKS`].
+    Lacks(Vec<PageRun>),
 }
 
 /// The offer.
@@ -126,8 +130,8 @@ pub struct Hello<'a> {
     pub transfer: Transfer,
     /// The build of the source's engine.
     pub build: &'a str,
-    /// The guest's memory, at most [`MAX_REGIONS`] pieces.
-    pub regions: Vec<RamRegion>,
+    /// What moves page by page, at most [`MAX_REGIONS`] pieces.
+    pub regions: Vec<Region>,
     /// The machine in JSON.
     pub machine: &'a [u8],
 }
@@ -191,9 +195,15 @@ struct WireHello {
 #[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 struct WireRegion {
+    /// 0 for a disk.
     start: U64,
     pages: U64,
+    kind: u8,
 }
+
+/// The kinds of regions.
+const RAM: u8 = 0;
+const DISK: u8 = 1;
 
 #[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
@@ -225,6 +235,18 @@ struct WireRunning {
     cpu_us: U64,
 }
 
+#[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct WireRun {
+    first: U64,
+    pages: U32,
+    region: U16,
+}
+
+/// The most runs of one [`Frame::Lacks`].
+pub const MAX_LACKS: usize = 1024;
+
+pub(super) const MAX_LACKS_BYTES: usize = MAX_LACKS * size_of::<WireRun>();
 pub(super) const HELLO_BYTES: usize = size_of::<WireHello>();
 pub(super) const MAX_REGION_BYTES: usize = MAX_REGIONS * size_of::<WireRegion>();
 pub(super) const ROUND_END_BYTES: usize = size_of::<WireRoundEnd>();
@@ -255,6 +277,7 @@ impl<'a> Frame<'a> {
             Self::Report(_) => Kind::Report,
             Self::Join(_) => Kind::Join,
             Self::Installed { .. } => Kind::Installed,
+            Self::Lacks(_) => Kind::Lacks,
         }
     }
 
@@ -267,9 +290,10 @@ impl<'a> Frame<'a> {
         out.resize(HEADER_BYTES, 0);
         match self {
             Self::Hello(hello) => hello.encode(out),
-            Self::Accept { claims, transfer } => {
+            Self::Accept { claims, transfer, old } => {
                 out.extend(claims.as_bytes());
                 out.push(transfer.to_wire());
+                out.extend(old.to_le_bytes());
             }
             Self::Refuse { reason } | Self::Abort { reason } => {
                 out.extend(&reason.as_bytes()[..reason.floor_char_boundary(MAX_REASON)]);
@@ -285,6 +309,12 @@ impl<'a> Frame<'a> {
                 out.extend(WireJoin { session: *session.as_bytes(), stream: (*stream).into() }.as_bytes());
             }
             Self::Installed { round } => out.extend(round.to_le_bytes()),
+            Self::Lacks(runs) => {
+                for PageRun { region, first, pages } in runs {
+                    let run = WireRun { first: first.0.into(), pages: (*pages).into(), region: region.0.into() };
+                    out.extend(run.as_bytes());
+                }
+            }
             Self::Running(Running { restore, start, cpu }) => {
                 let [restore_us, start_us, cpu_us] = [restore, start, cpu].map(|time| micros(*time).into());
                 out.extend(WireRunning { restore_us, start_us, cpu_us }.as_bytes());
@@ -314,7 +344,8 @@ impl<'a> Frame<'a> {
             Kind::Hello => Self::Hello(Hello::parse(&mut cursor)?),
             Kind::Accept => {
                 let claims = Uuid::from_bytes(*cursor.field()?);
-                Self::Accept { claims, transfer: Transfer::from_wire(*cursor.field()?, kind)? }
+                let transfer = Transfer::from_wire(*cursor.field()?, kind)?;
+                Self::Accept { claims, transfer, old: cursor.field::<U64>()?.get() }
             }
             Kind::Refuse => Self::Refuse { reason: cursor.text(cursor.left())? },
             Kind::Pages => Self::Pages(Pages::parse(&mut cursor)?),
@@ -347,6 +378,15 @@ impl<'a> Frame<'a> {
                 Self::Join(Join { session: Uuid::from_bytes(*session), stream: stream.get() })
             }
             Kind::Installed => Self::Installed { round: cursor.field::<U32>()?.get() },
+            Kind::Lacks => {
+                let mut runs = Vec::new();
+                while cursor.left() > 0 || runs.is_empty() {
+                    let WireRun { first, pages, region } = cursor.field()?;
+                    let first = PageIndex(first.get());
+                    runs.push(PageRun { region: RegionId(region.get()), first, pages: pages.get() });
+                }
+                Self::Lacks(runs)
+            }
         };
         cursor.end()?;
         Ok(frame)
@@ -373,8 +413,12 @@ impl<'a> Hello<'a> {
         };
         out.extend(fixed.as_bytes());
         out.extend(build.as_bytes());
-        for RamRegion { start, pages } in regions {
-            out.extend(WireRegion { start: start.0.into(), pages: (*pages).into() }.as_bytes());
+        for region in regions {
+            let (start, kind) = match region {
+                Region::Ram(ram) => (ram.start.0, RAM),
+                Region::Disk { .. } => (0, DISK),
+            };
+            out.extend(WireRegion { start: start.into(), pages: region.pages().into(), kind }.as_bytes());
         }
         out.extend(*machine);
     }
@@ -413,11 +457,17 @@ impl<'a> Hello<'a> {
     }
 }
 
-fn parse_region(cursor: &mut Cursor<'_>) -> Result<RamRegion, FrameError> {
-    let WireRegion { start, pages } = cursor.field()?;
-    match pages.get() {
-        pages if pages <= MAX_REGION_PAGES => Ok(RamRegion { start: GuestAddress(start.get()), pages }),
-        found => Err(FrameError::Length { what: "A region", kind: Kind::Hello, found, max: MAX_REGION_PAGES }),
+fn parse_region(cursor: &mut Cursor<'_>) -> Result<Region, FrameError> {
+    let WireRegion { start, pages, kind } = cursor.field()?;
+    let pages = pages.get();
+    if pages > MAX_REGION_PAGES {
+        let (found, max) = (pages, MAX_REGION_PAGES);
+        return Err(FrameError::Length { what: "A region", kind: Kind::Hello, found, max });
+    }
+    match *kind {
+        RAM => Ok(Region::Ram(RamRegion { start: GuestAddress(start.get()), pages })),
+        DISK => Ok(Region::Disk { pages }),
+        found => Err(FrameError::Value { what: "The kind of a region", kind: Kind::Hello, found: found.into() }),
     }
 }
 

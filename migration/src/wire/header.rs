@@ -6,7 +6,7 @@ use zerocopy::little_endian::{U16, U32};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 /// The version of the protocol. One more for every change that an older end would misunderstand.
-pub const VERSION: u16 = 3;
+pub const VERSION: u16 = 4;
 
 /// "GWMG" as it stands in memory.
 const MAGIC: u32 = u32::from_le_bytes(*b"GWMG");
@@ -55,7 +55,7 @@ kinds! {
     /// The offer.
     Hello = 1, at most frame::HELLO_BYTES + MAX_BUILD + frame::MAX_REGION_BYTES + MAX_MACHINE;
     /// The offer is taken.
-    Accept = 2, at most 17;
+    Accept = 2, at most 25;
     /// The offer is not taken.
     Refuse = 3, at most MAX_REASON;
     /// Page records, followed by the bytes of raw runs.
@@ -86,6 +86,8 @@ kinds! {
     Join = 16, at most frame::JOIN_BYTES;
     /// How far the target is.
     Installed = 17, at most size_of::<U32>();
+    /// Pages that the target's old copies of disks do not have.
+    Lacks = 18, at most frame::MAX_LACKS_BYTES;
 }
 
 impl Kind {

@@ -37,7 +37,7 @@ mod pages;
 #[cfg(test)]
 mod tests;
 
-pub use frame::{Frame, Hello, Join, Mode, RoundEnd, Running, Seal, Transfer};
+pub use frame::{Frame, Hello, Join, MAX_LACKS, Mode, RoundEnd, Running, Seal, Transfer};
 pub use header::{HEADER_BYTES, Header, Kind, VERSION};
 pub use pages::{MAX_PAGES, MAX_RAW_PAGES, MAX_RECORDS, PackedBlock, PageRecord, Pages, Records};
 

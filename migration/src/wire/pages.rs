@@ -3,6 +3,7 @@
 use super::cursor::Cursor;
 use super::{FrameError, Kind};
 use crate::codec::block::MAX_BLOCK;
+use crate::codec::kept::GROUP_PAGES;
 use crate::codec::{BlockCode, PageCode};
 use crate::region::{MAX_REGION_PAGES, PageIndex, PageRun, RegionId};
 use zerocopy::little_endian::{U16, U32, U64};
@@ -47,7 +48,9 @@ impl PageRecord {
     #[must_use]
     pub fn extend(&mut self, run: PageRun, code: PageCode) -> bool {
         let next = self.first.get() + u64::from(self.pages.get());
-        let fits = self.region.get() == run.region.0 && self.code == code as u8 && next == run.first.0;
+        // Digests are of groups that are counted from the run's beginning.
+        let is_whole = code != PageCode::Kept || self.pages.get().is_multiple_of(GROUP_PAGES);
+        let fits = is_whole && self.region.get() == run.region.0 && self.code == code as u8 && next == run.first.0;
         if fits {
             self.pages += run.pages;
         }

@@ -6,7 +6,7 @@ use crate::codec::block::MAX_BLOCK;
 use crate::codec::{BlockCode, PageCode};
 use crate::digest::TranscriptDigest;
 use crate::guest::Claim;
-use crate::region::{MAX_REGION_PAGES, MAX_REGIONS, PageIndex, PageRun, RamRegion, RegionId};
+use crate::region::{MAX_REGION_PAGES, MAX_REGIONS, PageIndex, PageRun, RamRegion, Region, RegionId};
 use proptest::prelude::*;
 use std::time::Duration;
 use uuid::Uuid;
@@ -25,7 +25,7 @@ fn hello() -> Hello<'static> {
         streams: 3,
         transfer: Transfer::Passed,
         build: "godwit 0",
-        regions: vec![RamRegion { start: GuestAddress(1 << 32), pages: 258 }],
+        regions: vec![Region::Ram(RamRegion { start: GuestAddress(1 << 32), pages: 258 }), Region::Disk { pages: 90 }],
         machine: b"{}",
     }
 }
@@ -65,7 +65,7 @@ fn runs(records: &[PageRecord]) -> Frame<'_> {
 fn all<'a>(records: &'a [PageRecord]) -> Vec<Frame<'a>> {
     vec![
         Frame::Hello(hello()),
-        Frame::Accept { claims: Uuid::from_u128(3), transfer: Transfer::Passed },
+        Frame::Accept { claims: Uuid::from_u128(3), transfer: Transfer::Passed, old: 0x0102 },
         Frame::Refuse { reason: "no room" },
         Frame::Pages(Pages {
             records: Records::new(records),
@@ -89,6 +89,7 @@ fn all<'a>(records: &'a [PageRecord]) -> Vec<Frame<'a>> {
         Frame::Report(b"{}"),
         Frame::Join(Join { session: Uuid::from_u128(1), stream: 0x0201 }),
         Frame::Installed { round: 0x0201 },
+        Frame::Lacks(vec![PageRun { region: RegionId(2), first: PageIndex(0x0304), pages: 5 }]),
     ]
 }
 
@@ -106,24 +107,25 @@ fn records() -> [PageRecord; 2] {
 #[test]
 fn golden_bytes() {
     let expected = [
-        "47574d47 0300 0100 47000000 148ffd51 0102030405060708090a0b0c0d0e0f10 1112131415161718191a1b1c1d1e1f20 01010100080003000200000001676f64 77697420300000000001000000020100 00000000007b7d",
-        "47574d47 0300 0200 11000000 039d16c4 00000000000000000000000000000003 01",
-        "47574d47 0300 0300 07000000 79296058 6e6f20726f6f6d",
-        "47574d47 0300 0400 2d000000 2e16ca90 02000100021000000102000000000000 03000000010000000700000000000000 0201000000000100626c6f636b",
-        "47574d47 0300 0500 14000000 eae1f9ff 03030000000000000200000000000000 02000000",
-        "47574d47 0300 0600 05000000 32faecfd 7374617465",
-        "47574d47 0300 0700 32000000 76ad79d6 01000900000000000000010203040506 07080300000000000000040000000000 00000500000000000000060000000000 0000",
-        "47574d47 0300 0800 00000000 b6a3c323",
-        "47574d47 0300 0900 00000000 afc8f3cc",
-        "47574d47 0300 0a00 18000000 7cf9b9aa 03000000000000000102000000000000 0304000000000000",
-        "47574d47 0300 0b00 20000000 c790993e 00000000000000000000000000000001 00000000000000000000000000000003",
-        "47574d47 0300 0c00 01000000 ad2c70a9 01",
-        "47574d47 0300 0c00 01000000 aeaf1b5b 00",
-        "47574d47 0300 0d00 09000000 876acbdb 63616e63656c6c6564",
-        "47574d47 0300 0e00 00000000 0234ba4a",
-        "47574d47 0300 0f00 02000000 b4a9f76b 7b7d",
-        "47574d47 0300 1000 12000000 88505bff 00000000000000000000000000000001 0102",
-        "47574d47 0300 1100 04000000 39ac5ed0 01020000",
+        "47574d47 0400 0100 59000000 8d54c681 0102030405060708090a0b0c0d0e0f10 1112131415161718191a1b1c1d1e1f20 01010200080003000200000001676f64 77697420300000000001000000020100 00000000000000000000000000005a00 000000000000017b7d",
+        "47574d47 0400 0200 19000000 761b3773 00000000000000000000000000000003 010201000000000000",
+        "47574d47 0400 0300 07000000 8fac246b 6e6f20726f6f6d",
+        "47574d47 0400 0400 2d000000 da2333e4 02000100021000000102000000000000 03000000010000000700000000000000 0201000000000100626c6f636b",
+        "47574d47 0400 0500 14000000 75cba59f 03030000000000000200000000000000 02000000",
+        "47574d47 0400 0600 05000000 0953d26f 7374617465",
+        "47574d47 0400 0700 32000000 a92e04d2 01000900000000000000010203040506 07080300000000000000040000000000 00000500000000000000060000000000 0000",
+        "47574d47 0400 0800 00000000 b2a69ad9",
+        "47574d47 0400 0900 00000000 abcdaa36",
+        "47574d47 0400 0a00 18000000 0dcbc91a 03000000000000000102000000000000 0304000000000000",
+        "47574d47 0400 0b00 20000000 f4160124 00000000000000000000000000000001 00000000000000000000000000000003",
+        "47574d47 0400 0c00 01000000 b7e2106e 01",
+        "47574d47 0400 0c00 01000000 b4617b9c 00",
+        "47574d47 0400 0d00 09000000 eb099941 63616e63656c6c6564",
+        "47574d47 0400 0e00 00000000 0631e3b0",
+        "47574d47 0400 0f00 02000000 2d268c10 7b7d",
+        "47574d47 0400 1000 12000000 a5cc123f 00000000000000000000000000000001 0102",
+        "47574d47 0400 1100 04000000 a9800b46 01020000",
+        "47574d47 0400 1200 0e000000 cde3754d 0403000000000000050000000200",
     ];
     for (frame, expected) in all(&records()).iter().zip(expected) {
         let found: String = bytes(frame).iter().map(|byte| format!("{byte:02x}")).collect();
@@ -178,7 +180,7 @@ fn every_body_of_another_length_is_refused() {
 #[test]
 fn strangers_and_other_versions_are_told_apart() {
     assert_eq!(parse(b"GET / HTTP/1.1\r\n\r\n"), Err(FrameError::NotOurs { found: u32::from_le_bytes(*b"GET ") }));
-    assert_eq!(parse(&raw(4, 1, &[])), Err(FrameError::Version { found: 4 }));
+    assert_eq!(parse(&raw(5, 1, &[])), Err(FrameError::Version { found: 5 }));
     assert_eq!(parse(&raw(2, 77, &[])), Err(FrameError::Version { found: 2 }));
     assert_eq!(parse(&raw(VERSION, 77, &[])), Err(FrameError::Kind { found: 77 }));
     assert_eq!(parse(&raw(VERSION, 0, &[])), Err(FrameError::Kind { found: 0 }));
@@ -212,13 +214,15 @@ fn numbers_in_hello_are_bounded() {
     assert!(matches!(refused(32, &[2]), FrameError::Value { what: "The mode", .. }));
     assert!(matches!(refused(33, &[2]), FrameError::Value { what: "The wish to verify", .. }));
     let regions = u16::try_from(MAX_REGIONS).unwrap() + 1;
-    assert!(matches!(refused(34, &regions.to_le_bytes()), FrameError::Length { max: 16, .. }));
+    assert!(matches!(refused(34, &regions.to_le_bytes()), FrameError::Length { max: 64, .. }));
     assert!(matches!(refused(36, &65_u16.to_le_bytes()), FrameError::Length { max: 64, .. }));
     assert!(matches!(refused(40, &u32::MAX.to_le_bytes()), FrameError::Length { .. }));
     assert!(matches!(refused(44, &[2]), FrameError::Value { what: "The way of memory", .. }));
     assert!(matches!(refused(HELLO_BYTES, &[0xff]), FrameError::NotText { .. }));
     let pages = (MAX_REGION_PAGES + 1).to_le_bytes();
-    assert!(matches!(refused(HELLO_BYTES + 8 + 8, &pages), FrameError::Length { what: "A region", .. }));
+    let region = HELLO_BYTES + hello().build.len();
+    assert!(matches!(refused(region + 8, &pages), FrameError::Length { what: "A region", .. }));
+    assert!(matches!(refused(region + 16, &[2]), FrameError::Value { what: "The kind of a region", .. }));
 }
 
 #[test]
@@ -238,9 +242,9 @@ fn page_records_are_bounded() {
         assert!(matches!(refused(&records), FrameError::Length { kind: Kind::Pages, .. }), "{records:?}");
     }
     let mut frame = bytes(&runs(&records()));
-    frame[HEADER_BYTES + 8 + 14] = 6;
+    frame[HEADER_BYTES + 8 + 14] = 7;
     let unknown = raw(VERSION, 4, &frame[HEADER_BYTES..]);
-    assert!(matches!(parse(&unknown), Err(FrameError::Value { what: "An encoding", found: 6, .. })));
+    assert!(matches!(parse(&unknown), Err(FrameError::Value { what: "An encoding", found: 7, .. })));
     let most =
         vec![record(0, 0, MAX_RAW_PAGES, PageCode::Raw), record(0, 0, MAX_PAGES - MAX_RAW_PAGES, PageCode::Zero)];
     let frame = bytes(&runs(&most));
@@ -295,7 +299,7 @@ proptest! {
         regions in prop::collection::vec((any::<u64>(), 0..=MAX_REGION_PAGES), 0..=MAX_REGIONS),
         machine in prop::collection::vec(any::<u8>(), 0..300),
     ) {
-        let regions = regions.into_iter().map(|(start, pages)| RamRegion { start: GuestAddress(start), pages }).collect();
+        let regions = regions.into_iter().map(|(start, pages)| Region::Ram(RamRegion { start: GuestAddress(start), pages })).collect();
         let mode = if live { Mode::Live } else { Mode::Stop };
         let transfer = if passed { Transfer::Passed } else { Transfer::Copied };
         let (session, vm) = (Uuid::from_u128(session), Uuid::from_u128(vm));

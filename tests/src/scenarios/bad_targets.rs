@@ -117,7 +117,7 @@ fn targets(context: &Context) -> Result<()> {
 
 /// Targets that are something else.
 fn strangers(context: &Context, source: &mut Source) -> Result<()> {
-    let words = frame(4, REFUSE, b"I speak version 4; update godwit");
+    let words = frame(9, REFUSE, b"I speak version 9; update godwit");
     let cases: [(&str, Vec<u8>, &[&str]); 4] = [
         (
             "web-server",
@@ -125,8 +125,8 @@ fn strangers(context: &Context, source: &mut Source) -> Result<()> {
             &["does not speak Godwit's migration protocol", "give the address of a `godwit receive`"],
         ),
         ("silent", Vec::new(), &["The link to the target failed"]),
-        ("later-version", frame(4, ACCEPT, &[0; 16]), &["speaks version 4", "same version of godwit at both ends"]),
-        ("later-version-in-words", words, &["The target refused the guest: I speak version 4; update godwit"]),
+        ("later-version", frame(9, ACCEPT, &[0; 16]), &["speaks version 9", "same version of godwit at both ends"]),
+        ("later-version-in-words", words, &["The target refused the guest: I speak version 9; update godwit"]),
     ];
     for (name, answer, parts) in cases {
         let path = context.work.join(name);
@@ -181,15 +181,15 @@ fn still_waits(target: Godwit) -> Result<()> {
 fn sources(context: &Context) -> Result<()> {
     let target = Godwit::receive(context, "target", &[])?;
     let socket = target.folder().join("in.sock");
-    let later = answer_to(&socket, &frame(4, HELLO, &[0; 64]))?;
+    let later = answer_to(&socket, &frame(9, HELLO, &[0; 64]))?;
     println!("{}", String::from_utf8_lossy(&later));
     let body = later.get(HEADER_BYTES..).context("The answer is no frame")?;
     ensure!(
         later.starts_with(b"GWMG") && [REFUSE, ABORT].contains(&u16::from(later[6])),
         "A later version is not refused in words"
     );
-    ensure!(String::from_utf8_lossy(body).contains("speaks version 4"), "The refusal does not name the version");
-    let mut damaged = frame(3, HELLO, &[0; 64]);
+    ensure!(String::from_utf8_lossy(body).contains("speaks version 9"), "The refusal does not name the version");
+    let mut damaged = frame(4, HELLO, &[0; 64]);
     damaged[20] ^= 1;
     let endless = [&b"GWMG\x03\0\x01\0"[..], &u32::MAX.to_le_bytes(), &[0; 4]].concat();
     for nonsense in [&b"GET / HTTP/1.1\r\n\r\n"[..], &damaged, &endless, b"GW", b""] {

@@ -1,6 +1,7 @@
 //! Disks that come to a host after their guest.
 
 use std::fs;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
@@ -9,7 +10,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use control::{DiskInfo, DiskPolicy, MigrationMode, MigrationState, Phase, Reply, Request, StartMigration, WithDisks};
 
 use super::nbd::Serving;
-use crate::godwit::{Godwit, copying};
+use crate::godwit::{Godwit, call, copying};
 use crate::scenario::{Context, Needs, Scenario};
 use crate::traveller::Traveller;
 
@@ -29,6 +30,24 @@ pub(super) const COMES: Scenario = Scenario {
     needs: Needs::Kvm,
     timeout: Duration::from_secs(60),
     run: comes,
+};
+
+/// See its `about`.
+pub(super) const BEFORE: Scenario = Scenario {
+    name: "disk-before",
+    about: "A disk moves with the memory of its guest, from a file and from an export, holes stay holes, and it comes back",
+    needs: Needs::Kvm,
+    timeout: Duration::from_secs(60),
+    run: before,
+};
+
+/// See its `about`.
+pub(super) const MIRRORED: Scenario = Scenario {
+    name: "disk-mirrored",
+    about: "Linux writes to its disk while that moves with it, live and stopped, away and back: nothing it wrote is lost",
+    needs: Needs::LinuxGuests,
+    timeout: Duration::from_secs(240),
+    run: mirrored,
 };
 
 /// See its `about`.
@@ -126,6 +145,87 @@ fn comes(context: &Context) -> Result<()> {
     arrived(context, &near, "near.img", &bytes)?;
     near.end()?;
     server.end()
+}
+
+/// An order to move a guest, and its disks with its memory.
+fn mirroring(to: &Godwit, mode: MigrationMode) -> StartMigration {
+    StartMigration { with_disks: WithDisks::All(DiskPolicy::Before), ..copying(to, mode) }
+}
+
+fn before(context: &Context) -> Result<()> {
+    let path = |name: &str| context.work.join(name).display().to_string();
+    let at = |name: &str| format!("id=data,path={}", path(name));
+    let bytes = image(&context.work.join("a.img"))?;
+    let moved = |godwit: &Godwit, name: &str| -> Result<()> {
+        let disk = disk_of(godwit)?;
+        ensure!(disk.place == path(name) && disk.missing_bytes.is_none(), "It is at {}", disk.place);
+        ensure!(fs::read(path(name))? == bytes, "Its bytes are others");
+        ensure!(!Path::new(&path(&format!("{name}.godwit-old"))).exists(), "The disk that is used is said to be old");
+        Ok(())
+    };
+    let first = micro(context, "a", &at("a.img"))?;
+    let second = Godwit::receive_at(context, "b", "tcp://127.0.0.1:0", &["--disk", &at("b.img")])?;
+    let status = first.migrate_as(mirroring(&second, MigrationMode::Live), &second, SOON)?;
+    println!("there: {} in all, downtime {:?}", status.total_ms, status.downtime_ms);
+    moved(&second, "b.img")?;
+    let space = fs::metadata(path("b.img"))?.blocks() * 512;
+    ensure!(space < bytes.len() as u64, "Holes have become data: {space} bytes are taken");
+
+    // What was left behind is no disk any more, but a start for the way back.
+    let kernel = context.images.join("micro.elf").display().to_string();
+    let (refused, _) = call(context, &["run", "--kernel", &kernel, "--disk", &at("a.img")])?;
+    refused.expect(1, "a.img is an old copy of a disk: The disk may have moved with its guest to tcp://")?;
+    let back = Godwit::receive(context, "back", &["--disk", &at("a.img")])?;
+    let status = second.migrate_as(mirroring(&back, MigrationMode::Stop), &back, SOON)?;
+    println!("back: {} in all, downtime {:?}", status.total_ms, status.downtime_ms);
+    moved(&back, "a.img")?;
+    back.end()?;
+
+    let (socket, served) = (path("nbd.sock"), format!("data={}", path("a.img")));
+    let server = Serving::start(context, &[&served, &format!("--listen=unix:{socket}")], 1)?;
+    let far = micro(context, "far", &format!("id=data,nbd=nbd+unix:///data?socket={socket},queues=2"))?;
+    let near = Godwit::receive(context, "near", &["--disk", &at("near.img")])?;
+    far.migrate_as(mirroring(&near, MigrationMode::Live), &near, SOON)?;
+    moved(&near, "near.img")?;
+    server.end()?;
+
+    let refuses = |target: Godwit, part: &str| -> Result<()> {
+        near.client().call(&Request::StartMigration(mirroring(&target, MigrationMode::Live)))?;
+        let status = near.await_stay()?;
+        let error = status.error.unwrap_or_default();
+        println!("{error}");
+        ensure!(status.state == MigrationState::Failed && error.contains(part), "{:?}: {error}", status.state);
+        moved(&near, "near.img")?;
+        target.end()
+    };
+    fs::write(path("taken.img"), [0; 512])?;
+    let taken = Godwit::receive(context, "taken", &["--disk", &at("taken.img")])?;
+    refuses(taken, "taken.img is there already, and nothing says that it is an old copy of disk")?;
+    ensure!(fs::read(path("taken.img"))? == [0; 512], "The file in the way was changed");
+    // The guest there was another one.
+    let foreign = Godwit::receive(context, "foreign", &["--disk", &at("b.img")])?;
+    refuses(foreign, "nothing says that it is an old copy of disk")?;
+    let nowhere = Godwit::receive(context, "nowhere", &["--disk", &at("no/such/folder/disk.img")])?;
+    refuses(nowhere, "no/such/folder/disk.img")?;
+    near.end()
+}
+
+fn mirrored(context: &Context) -> Result<()> {
+    let name = |stop: u32| context.work.join(format!("disk{stop}.img"));
+    let bytes = image(&name(0))?;
+    let verifier = "--memory 4M --rate 500 --threads 2 --disk /dev/vda --disk-size 4M --tick-ms 50";
+    let disk = format!("path={},queues=2", name(0).display());
+    let mut traveller = Traveller::set_out(context, &["--memory=160M", "--disk", &disk, "--vcpus=2"], "", verifier)?;
+    // To a new place, back to the first, and away once more, where an old copy lies by then.
+    for (stop, mode) in [(1, MigrationMode::Live), (0, MigrationMode::Live), (1, MigrationMode::Stop)] {
+        let place = format!("id=blk0,path={}", name(stop).display());
+        let moved = traveller.travel_by(context, |target| mirroring(target, mode), &["--disk", &place])?;
+        println!("{mode:?}: total {}, downtime {:?}", moved.status.total_ms, moved.status.downtime_ms);
+        traveller.prove()?;
+        let image = fs::read(name(stop))?;
+        ensure!(image[VERIFIED..] == bytes[VERIFIED..], "What the guest did not write is not what it was");
+    }
+    traveller.arrive()
 }
 
 fn places(context: &Context) -> Result<()> {

@@ -43,6 +43,7 @@ pub const ALL: &[Scenario] = &[
     disks::PLACES,
     disks::COMES,
     disks::STAYS,
+    disks::BEFORE,
     disk_lost::LENDER,
     disk_lost::RESET,
     dirty_rate::KNOWN,
@@ -53,6 +54,7 @@ pub const ALL: &[Scenario] = &[
     readme::GOALS,
     readme::MOVES,
     readme::DISKS,
+    readme::DISK_BEFORE,
     readme::DISK_AFTER,
     boot::LINUX,
     migrate::MICRO,
@@ -71,6 +73,7 @@ pub const ALL: &[Scenario] = &[
     migrate::PULSE,
     nbd::LINUX,
     disks::AFTER,
+    disks::MIRRORED,
     debian::DEBIAN,
     debian_comes::COMES,
 ];

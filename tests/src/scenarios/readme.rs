@@ -33,6 +33,15 @@ pub(super) const DISKS: Scenario = Scenario {
 };
 
 /// See its `about`.
+pub(super) const DISK_BEFORE: Scenario = Scenario {
+    name: "readme-disk-before",
+    about: "The README's commands move a guest, and its disk with its memory",
+    needs: Needs::LinuxGuests,
+    timeout: Duration::from_secs(120),
+    run: disk_before,
+};
+
+/// See its `about`.
 pub(super) const DISK_AFTER: Scenario = Scenario {
     name: "readme-disk-after",
     about: "The README's commands move a guest, and its disk after it",
@@ -97,12 +106,22 @@ fn disks(context: &Context) -> Result<()> {
     Ok(())
 }
 
+fn disk_before(context: &Context) -> Result<()> {
+    disk_moves(context, "readme-disk-before", "right.img")?;
+    ensure!(context.work.join("left.img.godwit-old").exists() && !context.work.join("right.img.godwit-old").exists());
+    Ok(())
+}
+
 fn disk_after(context: &Context) -> Result<()> {
+    disk_moves(context, "readme-disk-after", "there.img")
+}
+
+fn disk_moves(context: &Context, commands: &str, to: &str) -> Result<()> {
     for image in ["vmlinux", "initramfs"] {
         symlink(context.images.join(image), context.work.join(image))?;
     }
-    let output = run(context, &context.work, &block("readme-disk-after")?)?;
-    let place = format!("\nblk0  {}", context.work.join("there.img").display());
+    let output = run(context, &context.work, &block(commands)?)?;
+    let place = format!("\nblk0  {}", context.work.join(to).display());
     ensure!(output.contains("live migration completed") && output.contains(&place), "The disk is not told:\n{output}");
     Ok(())
 }

@@ -1,5 +1,6 @@
 //! The description of a disk: where its bytes are, and how the guest and the host use it.
 
+use crate::old_copy;
 use block::NbdUri;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -84,10 +85,15 @@ impl Places {
         self.remote.is_none() && self.local.is_empty()
     }
 
-    /// The nearest for the host of this name: its own file if that is there, otherwise the export.
+    /// The nearest for the host of this name: its own file if that is there and no old copy, otherwise the export.
     #[must_use]
     pub fn nearest(&self, host: &str) -> Option<DiskPlace> {
-        let local = self.local.get(host).filter(|file| file.exists()).cloned().map(DiskPlace::File);
+        let local = self
+            .local
+            .get(host)
+            .filter(|file| file.exists() && !old_copy::place(file).exists())
+            .cloned()
+            .map(DiskPlace::File);
         local.or_else(|| self.remote.clone().map(DiskPlace::Nbd))
     }
 }

@@ -2,10 +2,11 @@
 
 use super::ends::Ends;
 use crate::config::{Disk, DiskCache, DiskLimits, DiskPlace, ExportUri, Layer, MachineConfig};
+use crate::old_copy;
 use crate::seccomp;
 use block::file::{Engine, FileOptions, HostCache};
 use block::layered::{LayeredError, OnceWhole, Pulled, Puller, is_partial};
-use block::{Access, Backend, DiskError, FileBackend, LayeredBackend, NbdBackend, NbdError, NbdOptions};
+use block::{Access, Backend, DiskError, FileBackend, LayeredBackend, LoggedBackend, NbdBackend, NbdError, NbdOptions};
 use devices::virtio::blk::{BlkParts, Limits, WriteCache};
 use std::io;
 use std::path::PathBuf;
@@ -43,6 +44,16 @@ pub enum OpenError {
     Partial {
         /// The file.
         path: PathBuf,
+    },
+    /// A file is an old copy of a disk.
+    #[error("{} is an old copy of a disk: {why}. Remove {} to use it as it is", path.display(), note.display())]
+    Old {
+        /// The file.
+        path: PathBuf,
+        /// What says so.
+        note: PathBuf,
+        /// Why.
+        why: String,
     },
     /// The base of a disk serves one connection, where the guest and what fetches the rest need one each.
     #[error(
@@ -87,7 +98,7 @@ pub enum DiskLocks {
 #[derive(Debug)]
 pub(crate) struct Disks {
     /// All of them, in the order of the configuration.
-    pub(super) backends: Vec<Arc<dyn Backend>>,
+    pub(crate) backends: Vec<Arc<LoggedBackend>>,
     /// Those that are partly elsewhere.
     pub(super) coming: Vec<Coming>,
 }
@@ -103,7 +114,7 @@ impl Disks {
                 let (id, place) = (disk.id.clone(), disk.place.to_string());
                 return Err(OpenError::Queues { id, queues: disk.queues, place, channels });
             }
-            disks.backends.push(backend);
+            disks.backends.push(Arc::new(LoggedBackend::new(backend)));
         }
         Ok(disks)
     }
@@ -124,6 +135,10 @@ impl Disks {
             DiskPlace::Nbd(uri) => Ok(Arc::new(open_export(uri, disk, access, locks)?)),
             DiskPlace::Layered(_) if disk.read_only => Err(OpenError::ReadOnly { id: disk.id.clone() }),
             DiskPlace::Layered(layer) => {
+                if !layer.file.exists() {
+                    // A note of a file that is not there says nothing of the one that is made.
+                    old_copy::remove(&layer.file).map_err(|source| OpenError::Held { id: disk.id.clone(), source })?;
+                }
                 let layered = Arc::new(open_layered(layer, machine, disk)?);
                 if locks == DiskLocks::Take {
                     layered.reacquire().map_err(|source| OpenError::Held { id: disk.id.clone(), source })?;

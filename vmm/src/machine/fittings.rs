@@ -16,6 +16,7 @@ use crate::layout::{
 };
 use crate::seccomp;
 use crate::vcpu::Buses;
+use block::{Backend, LoggedBackend};
 use devices::power::{PM_PORTS, PowerEvent, PowerManagement, PowerParts, PowerPort};
 use devices::virtio::balloon::{Balloon, BalloonParts};
 use devices::virtio::blk::Blk;
@@ -51,6 +52,8 @@ pub(crate) struct Fittings {
     pub(crate) power: Arc<PowerManagement>,
     pub(crate) balloon: Option<Arc<Mmio<Balloon>>>,
     pub(crate) disks: Vec<Arc<Mmio<Blk>>>,
+    /// What the disks are on.
+    pub(crate) logged: Vec<Arc<LoggedBackend>>,
     pub(crate) nics: Vec<Arc<Mmio<Net>>>,
     /// Second handles to the NICs' taps, by which they outlive the NICs.
     taps: Vec<Tap>,
@@ -82,13 +85,15 @@ impl Fittings {
         let mut fitter =
             Fitter { chassis, origin, buses: Buses::default(), all: Vec::new(), windows: 0, shared_worker, ends };
         let Resources { disks: Disks { backends, coming: _ }, taps } = resources;
+        let logged = backends.clone();
         let disks = config
             .disks
             .iter()
             .zip(backends)
             .map(|(disk, backend)| {
                 // Its queues have threads of their own.
-                fitter.virtio(&disk.id, None, blk_parts(disk, backend), |parts| Ok(Blk::new(parts)?))
+                fitter
+                    .virtio(&disk.id, None, blk_parts(disk, backend as Arc<dyn Backend>), |parts| Ok(Blk::new(parts)?))
             })
             .collect::<Result<_, _>>()?;
         let kept_taps = duplicate(&taps)?;
@@ -120,7 +125,7 @@ impl Fittings {
         fitter.serial(line)?;
         let power = fitter.power()?;
         let Fitter { buses, all, .. } = fitter;
-        Ok((Self { all, power, balloon, disks, nics, taps: kept_taps }, buses))
+        Ok((Self { all, power, balloon, disks, logged, nics, taps: kept_taps }, buses))
     }
 
     /// Every device, in the order in which they are led.

@@ -32,7 +32,7 @@ use crate::memory::GuestMemory;
 use crate::seccomp;
 use crate::state;
 use crate::vcpu::{Crew, GuestEnd, VcpuEvents, Vcpus};
-use block::LayeredBackend;
+use block::{LayeredBackend, LoggedBackend};
 use chassis::Chassis;
 use devices::virtio::balloon::Balloon;
 use devices::virtio::blk::Blk;
@@ -388,6 +388,12 @@ impl Machine {
     #[must_use]
     pub fn disks(&self) -> &[Arc<Mmio<Blk>>] {
         &self.fittings.disks
+    }
+
+    /// What the disks are on, in the order of the configuration.
+    #[must_use]
+    pub fn logged_disks(&self) -> &[Arc<LoggedBackend>] {
+        &self.fittings.logged
     }
 
     /// The disks of which something is elsewhere, by their ids.

@@ -3,6 +3,7 @@
 
 use super::disks::{DiskLocks, Disks, OpenError};
 use crate::config::{MachineConfig, Nic, Tap as TapChoice, Vhost as VhostChoice};
+use crate::old_copy;
 use devices::GuestRam;
 use devices::virtio::net::{NetParts, Tap, TapError, Vhost, VhostError, VhostMode};
 use std::path::Path;
@@ -44,11 +45,14 @@ pub struct Resources {
 }
 
 impl Resources {
-    /// Opens the disks and taps of `config`, in its order.
+    /// Opens the disks and taps of `config`, in its order. Whoever does not take locks sees to it that no file is an old copy.
     ///
     /// # Errors
     /// [`ResourceError`]; what was opened is closed again.
     pub fn open(config: &MachineConfig, locks: DiskLocks) -> Result<Self, ResourceError> {
+        if locks == DiskLocks::Take {
+            config.disks.iter().try_for_each(old_copy::check)?;
+        }
         let disks = Disks::open(config, locks)?;
         let taps = config.nics.iter().map(open_tap).collect::<Result<_, _>>()?;
         Ok(Self { disks, taps })

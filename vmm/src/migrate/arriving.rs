@@ -1,21 +1,23 @@
 //! A machine on its way in: what the migration engine does with this host at the target.
 
+use super::mirrored::{NoRoom, Room, room_for};
 use super::offer::{ComingDisk, MachineOffer};
 use super::ownership::OwnershipError;
-use crate::config::{ConfigError, DiskPlace, HostLimits, HostResources, Layer, MachineConfig, Memory, Places};
+use super::pages::GuestPlaces;
+use crate::config::{ConfigError, Disk, DiskPlace, HostLimits, HostResources, Layer, MachineConfig, Memory, Places};
 use crate::cpuid::{self, GuestCpu};
 use crate::kvm::KvmHost;
 use crate::machine::{DiskLocks, EmptyMachine, Machine, MachineError, NoticeListener, Resources, SerialLine};
 use crate::memory::{GuestMemory, MemoryError};
+use crate::old_copy;
 use block::layered::is_partial;
 use control::DiskBefore;
-use migration::{Offer, RamRegion, Refusal, TargetHost, in_words};
+use migration::{Offer, Refusal, Region, TargetHost, in_words};
 use saved::{SavedError, SavedState};
 use std::collections::BTreeMap;
 use std::fmt;
-use std::fs::File;
 use std::os::fd::OwnedFd;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use thiserror::Error;
 
@@ -28,6 +30,9 @@ pub enum ArriveError {
     /// The saved state is malformed.
     #[error(transparent)]
     Saved(#[from] SavedError),
+    /// What came of its disks.
+    #[error("What came of its disks is not durable")]
+    Settle(#[source] std::io::Error),
     /// The engine asked for something out of order.
     #[error("No machine is being received")]
     NothingHere,
@@ -48,6 +53,8 @@ enum Unsuited {
     Ownership(#[from] OwnershipError),
     #[error(transparent)]
     Memory(#[from] MemoryError),
+    #[error(transparent)]
+    NoRoom(#[from] NoRoom),
     #[error(
         "Disk {id:?} comes after the guest, and this host has no file for it: name one by `godwit receive --disk {id}=FILE`"
     )]
@@ -58,8 +65,10 @@ enum Unsuited {
     )]
     Left { id: String, file: PathBuf },
     #[error("There are {free} bytes free for disk {id:?} at {}, and it takes {space}: make room, or name another file", file.display())]
-    NoRoom { id: String, file: PathBuf, free: u64, space: u64 },
-    #[error("The memory regions offered are not those of a machine with {bytes} bytes of memory")]
+    Full { id: String, file: PathBuf, free: u64, space: u64 },
+    #[error(
+        "The regions offered are not those of a machine with {bytes} bytes of memory and the disks that move with it"
+    )]
     Regions { bytes: u64 },
 }
 
@@ -67,8 +76,15 @@ enum Unsuited {
 #[derive(Debug)]
 enum Stage {
     Nothing,
-    Empty { machine: Box<EmptyMachine>, cpu: GuestCpu, running: bool },
-    Restored { machine: Box<Machine>, running: bool },
+    Empty { machine: Box<EmptyMachine>, cpu: GuestCpu, running: bool, came: Came },
+    Restored { machine: Box<Machine>, running: bool, room: Room },
+}
+
+/// What comes page by page, and the files of disks among it.
+#[derive(Debug)]
+struct Came {
+    places: GuestPlaces,
+    room: Room,
 }
 
 /// Whom a machine comes to.
@@ -116,27 +132,33 @@ impl Arriving {
         Self { host, resources, line, listener, recipient, stage: Stage::Nothing }
     }
 
-    fn build(&mut self, offer: &Offer<'_>, passed: Option<OwnedFd>) -> Result<(Stage, GuestMemory), Unsuited> {
-        let MachineOffer { machine, cpu, running, coming, before } = serde_json::from_slice(offer.machine)?;
-        let config = lay_over(machine.with_host_resources(&self.resources)?, coming, &self.resources.name)?;
+    fn build(&mut self, offer: &Offer<'_>, passed: Option<OwnedFd>) -> Result<(Stage, GuestPlaces), Unsuited> {
+        let MachineOffer { machine, cpu, running, mirrored, coming, before } = serde_json::from_slice(offer.machine)?;
+        let mut config = lay_over(machine.with_host_resources(&self.resources)?, coming, &self.resources.name)?;
         config.validate()?;
         config.validate_for(HostLimits::of(&self.host.capabilities())?)?;
         let supported = self.host.supported_cpuid().map_err(MachineError::from)?;
         cpuid::check_compatible(&cpu, supported, self.host.arch_capabilities()).map_err(Unsuited::Cpu)?;
+        let mut room = Room::make(&mut config, &mirrored, &self.resources.name)?;
+        let is_old = |disk: &&Disk| !room.has(&disk.id);
+        config.disks.iter().filter(is_old).try_for_each(old_copy::check).map_err(MachineError::from)?;
         let resources = Resources::open(&config, DiskLocks::Leave).map_err(MachineError::from)?;
         let Memory { bytes, huge_pages } = config.memory;
         let memory = match passed {
             Some(file) => GuestMemory::adopt(file, bytes, huge_pages)?,
             None => GuestMemory::create(bytes, huge_pages)?,
         };
-        if memory.regions() != offer.regions {
+        let places = GuestPlaces::new(memory.clone(), room.open(&config, &resources)?);
+        if places.regions() != offer.regions {
             return Err(Unsuited::Regions { bytes });
         }
         self.recipient.let_in(&config, offer)?;
         self.recipient.hear_of_disks(before);
         let (line, listener) = (Arc::clone(&self.line), Arc::clone(&self.listener));
         let machine = EmptyMachine::around(&self.host, config, memory.clone(), resources, line, listener)?;
-        Ok((Stage::Empty { machine: Box::new(machine), cpu, running }, memory))
+        room.keep();
+        let came = Came { places: places.clone(), room };
+        Ok((Stage::Empty { machine: Box::new(machine), cpu, running, came }, places))
     }
 }
 
@@ -159,7 +181,7 @@ fn lay_over(mut config: MachineConfig, coming: Vec<ComingDisk>, host: &str) -> R
         if let (Some(space), Some(free)) = (space, room_for(&file))
             && space > free
         {
-            return Err(Unsuited::NoRoom { id, file, free, space });
+            return Err(Unsuited::Full { id, file, free, space });
         }
         disk.place = DiskPlace::Layered(Layer { file, base, lent });
         // From now on no other place has what the guest writes.
@@ -168,45 +190,45 @@ fn lay_over(mut config: MachineConfig, coming: Vec<ComingDisk>, host: &str) -> R
     Ok(config)
 }
 
-/// How many bytes may be written to a file that is to be made; `None` if the host does not tell.
-fn room_for(file: &Path) -> Option<u64> {
-    let folder = File::open(file.parent()?).ok()?;
-    let system = rustix::fs::fstatvfs(&folder).ok()?;
-    system.f_bavail.checked_mul(system.f_frsize)
-}
-
 impl TargetHost for Arriving {
     type Error = ArriveError;
-    type Memory = GuestMemory;
+    type Memory = GuestPlaces;
 
-    fn prepare(&mut self, offer: &Offer<'_>, passed: Option<OwnedFd>) -> Result<GuestMemory, Refusal> {
-        let (stage, memory) = self.build(offer, passed).map_err(|error| Refusal::new(in_words(&error)))?;
+    fn prepare(&mut self, offer: &Offer<'_>, passed: Option<OwnedFd>) -> Result<GuestPlaces, Refusal> {
+        let (stage, places) = self.build(offer, passed).map_err(|error| Refusal::new(in_words(&error)))?;
         self.stage = stage;
-        Ok(memory)
+        Ok(places)
     }
 
-    fn regions(&self) -> Vec<RamRegion> {
+    fn regions(&self) -> Vec<Region> {
         match &self.stage {
-            Stage::Nothing => Vec::new(),
-            Stage::Empty { machine, .. } => machine.memory().regions().to_vec(),
-            Stage::Restored { machine, .. } => machine.memory().regions().to_vec(),
+            Stage::Empty { came, .. } => came.places.regions(),
+            Stage::Nothing | Stage::Restored { .. } => Vec::new(),
+        }
+    }
+
+    fn settle(&mut self) -> Result<(), ArriveError> {
+        match &self.stage {
+            Stage::Empty { came, .. } => Ok(came.places.settle().map_err(ArriveError::Settle)?),
+            Stage::Nothing | Stage::Restored { .. } => Err(ArriveError::NothingHere),
         }
     }
 
     fn restore(&mut self, state: &[u8]) -> Result<(), ArriveError> {
-        let Stage::Empty { machine, cpu, running } = std::mem::replace(&mut self.stage, Stage::Nothing) else {
+        let Stage::Empty { machine, cpu, running, came } = std::mem::replace(&mut self.stage, Stage::Nothing) else {
             return Err(ArriveError::NothingHere);
         };
         let machine = machine.restore(SavedState::decode(state)?, cpu)?;
         machine.reacquire()?;
-        self.stage = Stage::Restored { machine: Box::new(machine), running };
+        self.stage = Stage::Restored { machine: Box::new(machine), running, room: came.room };
         Ok(())
     }
 
     fn run(&mut self) -> Result<(), ArriveError> {
-        let Stage::Restored { mut machine, running } = std::mem::replace(&mut self.stage, Stage::Nothing) else {
+        let Stage::Restored { mut machine, running, room } = std::mem::replace(&mut self.stage, Stage::Nothing) else {
             return Err(ArriveError::NothingHere);
         };
+        room.settle();
         if running {
             machine.run();
         }
@@ -223,7 +245,8 @@ impl TargetHost for Arriving {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{Disk, DiskCache, DiskLimits};
+    use crate::config::{DiskCache, DiskLimits};
+    use std::path::Path;
     use tempfile::TempDir;
 
     fn comes_to(file: &Path, space: Option<u64>) -> Result<MachineConfig, Unsuited> {

@@ -24,13 +24,22 @@ pub enum Infeasible {
     Memory(#[from] MeasureError),
 }
 
-/// Checks what `request` asks for. `codecs` may make pages smaller; any of them, if absent.
+/// Checks what `request` asks for. `codecs` may make pages smaller; any of them, if absent. `space` bytes of disks go with
+/// memory; how little of them has to be sent is not known.
 ///
 /// # Errors
 /// [`Infeasible`], with the arithmetic.
-pub(crate) fn check(memory: &GuestMemory, request: &StartMigration, codecs: Option<Codecs>) -> Result<(), Infeasible> {
+pub(crate) fn check(
+    memory: &GuestMemory,
+    space: u64,
+    request: &StartMigration,
+    codecs: Option<Codecs>,
+) -> Result<(), Infeasible> {
     let (deadline, timeout, bandwidth) = (request.deadline(), request.timeout(), request.bandwidth_bytes_per_second);
-    feasibility::check(deadline, timeout, bandwidth, || Ok(load(memory, codecs)?))
+    feasibility::check(deadline, timeout, bandwidth, || {
+        let load = load(memory, codecs)?;
+        Ok(Load { backed: load.backed + space, ..load })
+    })
 }
 
 /// What has to go at the least.

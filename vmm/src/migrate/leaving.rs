@@ -1,10 +1,11 @@
 //! A machine on its way out: what the migration engine does with it at the source.
 
 use super::lending::Lending;
+use super::mirror::{Mirror, MirrorError};
 use super::offer::MachineOffer;
 use super::ownership::{Owner, Ownership, OwnershipError};
+use super::pages::GuestPlaces;
 use crate::machine::{Machine, MachineError};
-use crate::memory::GuestMemory;
 use control::{DiskBefore, Millis, PeerAddress};
 use migration::{Description, DirtyLedger, SourceGuest};
 use std::collections::BTreeMap;
@@ -22,6 +23,9 @@ pub enum LeaveError {
     /// The record of who owns the guest.
     #[error(transparent)]
     Ownership(#[from] OwnershipError),
+    /// The disks that move with it.
+    #[error(transparent)]
+    Mirror(#[from] MirrorError),
     /// The description cannot be written.
     #[error("The machine's description cannot be encoded")]
     Describe(#[from] serde_json::Error),
@@ -34,15 +38,24 @@ pub struct Leaving {
     running: bool,
     ownership: Ownership,
     to: PeerAddress,
+    /// Disks that come before it.
+    mirror: Mirror,
     /// Disks that come after it.
     lending: Option<Arc<Lending>>,
 }
 
 impl Leaving {
-    /// Prepares `machine` to leave to `to`. `ownership` is the guest's record; `lending` has the disks that come after it.
+    /// Prepares `machine` to leave to `to`. `ownership` is the guest's record; `mirror` has the disks that come before it, and
+    /// `lending` those that come after it.
     #[must_use]
-    pub fn new(machine: Machine, ownership: Ownership, to: PeerAddress, lending: Option<Arc<Lending>>) -> Self {
-        Self { running: machine.is_running(), machine, ownership, to, lending }
+    pub fn new(
+        machine: Machine,
+        ownership: Ownership,
+        to: PeerAddress,
+        mirror: Mirror,
+        lending: Option<Arc<Lending>>,
+    ) -> Self {
+        Self { running: machine.is_running(), machine, ownership, to, mirror, lending }
     }
 
     /// The machine that stays after all.
@@ -80,10 +93,10 @@ fn before(machine: &Machine) -> BTreeMap<String, DiskBefore> {
 
 impl SourceGuest for Leaving {
     type Error = LeaveError;
-    type Memory = GuestMemory;
+    type Memory = GuestPlaces;
 
-    fn memory(&self) -> GuestMemory {
-        self.machine.memory().clone()
+    fn memory(&self) -> GuestPlaces {
+        self.mirror.places().clone()
     }
 
     fn describe(&self) -> Result<Description, LeaveError> {
@@ -92,21 +105,25 @@ impl SourceGuest for Leaving {
             cpu: self.machine.cpu().clone(),
             running: self.running,
             before: before(&self.machine),
+            mirrored: self.mirror.offered(),
             coming: self.lending.iter().flat_map(|lending| lending.offered()).cloned().collect(),
         };
         Ok(Description {
             vm: self.machine.config().uuid,
-            regions: self.machine.memory().regions().to_vec(),
+            regions: self.mirror.places().regions(),
             machine: serde_json::to_vec(&offer)?,
         })
     }
 
     fn start_dirty_log(&mut self) -> Result<(), LeaveError> {
+        self.mirror.start_log();
         Ok(self.machine.start_dirty_log()?)
     }
 
     fn harvest_dirty(&mut self, ledger: &mut DirtyLedger) -> Result<(), LeaveError> {
-        Ok(self.machine.harvest_dirty(ledger)?)
+        self.machine.harvest_dirty(ledger)?;
+        self.mirror.harvest(ledger);
+        Ok(())
     }
 
     fn written_by_vcpu(&self) -> Option<Vec<u64>> {
@@ -127,6 +144,7 @@ impl SourceGuest for Leaving {
     }
 
     fn stop_dirty_log(&mut self) -> Result<(), LeaveError> {
+        self.mirror.stop_log();
         Ok(self.machine.stop_dirty_log()?)
     }
 
@@ -153,10 +171,12 @@ impl SourceGuest for Leaving {
     }
 
     fn record_given_away(&mut self, session: Uuid) -> Result<(), LeaveError> {
+        self.mirror.note_gone(&self.to)?;
         Ok(self.ownership.write(&Owner::GivenAway { session, to: self.to.to_string() })?)
     }
 
     fn record_kept(&mut self, _: Uuid) -> Result<(), LeaveError> {
+        self.mirror.note_kept()?;
         Ok(self.ownership.remove()?)
     }
 

@@ -130,7 +130,7 @@ fn read_there(disk: &Disk) -> Option<ComingDisk> {
 }
 
 /// How much space a file takes; of a block device that is not known.
-fn space_of(path: &Path) -> Option<u64> {
+pub(crate) fn space_of(path: &Path) -> Option<u64> {
     let metadata = std::fs::metadata(path).ok().filter(Metadata::is_file)?;
     // The unit is 512 bytes, whatever the file system's is (stat(2)).
     Some(metadata.blocks() * 512)

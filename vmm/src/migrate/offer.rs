@@ -1,5 +1,6 @@
 //! What a source tells a target of its machine, in the JSON that travels in `Hello`.
 
+use super::mirrored::MirroredDisk;
 use crate::config::{ExportUri, MachineConfig};
 use crate::cpuid::GuestCpu;
 use control::DiskBefore;
@@ -16,6 +17,9 @@ pub struct MachineOffer {
     pub cpu: GuestCpu,
     /// Whether the guest is to run at the target, or stays paused.
     pub running: bool,
+    /// Disks that come before the guest, with its memory, in the order of their regions.
+    #[serde(default)]
+    pub mirrored: Vec<MirroredDisk>,
     /// Disks that come after the guest.
     #[serde(default)]
     pub coming: Vec<ComingDisk>,

@@ -321,7 +321,8 @@ impl Permits {
 
     /// The door of a target's streams, too: it lets links in, and starts a thread for each.
     pub(super) fn migrate_stream() -> Self {
-        Self::of_any_thread()
+        // What moves may be a disk.
+        Self::device_work()
             .plain_mappings()
             .clients()
             .confined_threads()

@@ -15,7 +15,7 @@
 //! | `throttle` | nothing more | sends vCPUs to nap by a signal |
 //! | `migrate-source` | all of `vcpu`, `worker`, `console` and `nbd-client`; any KVM call; dial, ask for a name's address; listen; files; threads | leads a machine, lends its disks, writes the ownership record |
 //! | `migrate-target` | the same; accept; make a VM, memory, taps and threads | builds a machine |
-//! | `migrate-stream` | talk on sockets; accept; find holes in memory; threads | one stream of a migration; the door that they come through |
+//! | `migrate-stream` | all of `worker`; talk on sockets; accept; threads | one stream of a migration; the door that they come through |
 //! | `service` | all of both migrations; take boot files and sockets away | leads, resets and pulses machines |
 //! | `nbd-dial` | dial, ask for a name's address | connects to the servers of disks |
 //! | `nbd-listen`, `nbd-client` | all of `worker`; accept and talk on sockets; threads; remove its socket | `disk serve`, disks that are lent |

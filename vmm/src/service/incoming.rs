@@ -7,19 +7,19 @@ use super::watcher::{Watcher, begun, post_failure, post_report};
 use crate::config::{HostResources, MachineConfig};
 use crate::kvm::KvmHost;
 use crate::machine::{Machine, NoticeListener, SerialLine};
-use crate::memory::GuestMemory;
 use crate::migrate::address::{Accepted, AddressUseError, Listener};
 use crate::migrate::arriving::{Arriving, Recipient};
 use crate::migrate::claims::ClaimRecord;
 use crate::migrate::link::{SocketCutter, SocketLink};
 use crate::migrate::ownership::OwnershipError;
+use crate::migrate::pages::GuestPlaces;
 use crate::seccomp::{self, ThreadKind};
 use control::{
     DiskBefore, JobId, MigrationMode, MigrationRole, MigrationState, MigrationStatus, MigrationStep, PeerAddress, Phase,
 };
 use migration::target::Further;
 use migration::{
-    Arrival, Cutter, Fault, HostClock, Link, LinkError, Mode, Observer, Offer, Progress, RamRegion, Reception, Refusal,
+    Arrival, Cutter, Fault, HostClock, Link, LinkError, Mode, Observer, Offer, Progress, Reception, Refusal, Region,
     TargetHost, Unobserved, in_words, target,
 };
 use std::collections::BTreeMap;
@@ -63,7 +63,7 @@ impl Desk {
     }
 
     /// Serves one link, with whatever links come to it.
-    fn receive<H: TargetHost<Memory = GuestMemory>>(
+    fn receive<H: TargetHost<Memory = GuestPlaces>>(
         &self,
         link: &mut SocketLink,
         host: &mut H,
@@ -266,14 +266,18 @@ struct Occupied;
 
 impl TargetHost for Occupied {
     type Error = std::io::Error;
-    type Memory = GuestMemory;
+    type Memory = GuestPlaces;
 
-    fn prepare(&mut self, _: &Offer<'_>, _: Option<OwnedFd>) -> Result<GuestMemory, Refusal> {
+    fn prepare(&mut self, _: &Offer<'_>, _: Option<OwnedFd>) -> Result<GuestPlaces, Refusal> {
         Err(Refusal::new("A guest runs in this Godwit already; start another `godwit receive`"))
     }
 
-    fn regions(&self) -> Vec<RamRegion> {
+    fn regions(&self) -> Vec<Region> {
         Vec::new()
+    }
+
+    fn settle(&mut self) -> Result<(), Self::Error> {
+        Ok(())
     }
 
     fn restore(&mut self, _: &[u8]) -> Result<(), Self::Error> {

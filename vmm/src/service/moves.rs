@@ -2,17 +2,16 @@
 //!
 //! Invariant: a machine that came out of a doubt is kept only on the engine's word that it is this host's.
 
-use super::outgoing::{self, Departure, Outgoing};
+use super::outgoing::{self, Departure, MovingDisks, Outgoing};
 use super::requests::not_here;
 use super::watcher::{begun, post_failure, post_report};
 use super::{Ended, Holding, Journey, Message, Service};
-use crate::config::Disk;
 use crate::machine::Machine;
 use crate::migrate::feasibility::{self, Infeasible};
 use crate::migrate::leaving::Leaving;
 use control::{
-    ApiError, DiskPolicy, JobId, JobStarted, MemoryPolicy, MigrationRole, MigrationState, MigrationStep, PeerAddress,
-    Phase, Reply, StartMigration, WithDisks,
+    ApiError, JobId, JobStarted, MemoryPolicy, MigrationRole, MigrationState, MigrationStep, PeerAddress, Phase, Reply,
+    StartMigration, WithDisks,
 };
 use migration::wire::FrameError;
 use migration::{Failed, HostClock, InDoubt, Outcome, SourceError, in_words};
@@ -26,9 +25,10 @@ impl Service {
         check_memory_policy(request)?;
         self.settle_disks();
         let disks = self.disks_to_move(&request.with_disks)?;
+        let space = disks.space_before();
         let job = JobId::random().map_err(|error| ApiError::failed(&error))?;
         if let (Holding::Here(machine), true) = (&self.holding, certainly_copies(request)) {
-            let checked = feasibility::check(machine.memory(), request, outgoing::codecs(request.codec));
+            let checked = feasibility::check(machine.memory(), space, request, outgoing::codecs(request.codec));
             checked.map_err(|error| match error {
                 Infeasible::Contradiction(why) => {
                     ApiError::InvalidValue { field: "deadline_ms", reason: why.to_string() }
@@ -121,7 +121,7 @@ impl Service {
     }
 
     /// The disks of the machine that go along with it.
-    fn disks_to_move(&self, with: &WithDisks) -> Result<Vec<Disk>, ApiError> {
+    fn disks_to_move(&self, with: &WithDisks) -> Result<MovingDisks, ApiError> {
         let Holding::Here(machine) = &self.holding else { return Err(not_here()) };
         if let Some((id, disk)) = machine.coming_disks().next() {
             let message = format!(
@@ -132,17 +132,24 @@ impl Service {
         }
         let invalid = |reason| ApiError::InvalidValue { field: "with_disks", reason };
         let disks = &machine.config().disks;
+        let mut moving = MovingDisks::default();
         match with {
-            WithDisks::All(DiskPolicy::After) => Ok(disks.iter().filter(|disk| !disk.read_only).cloned().collect()),
+            WithDisks::All(policy) => {
+                disks.iter().filter(|disk| !disk.read_only).for_each(|disk| moving.add(disk, *policy));
+            }
             WithDisks::Each(each) => {
-                let find = |id: &String| match disks.iter().find(|disk| disk.id == *id) {
-                    Some(disk) if disk.read_only => Err(invalid(format!("disk {id:?} is read-only, and not moved"))),
-                    Some(disk) => Ok(disk.clone()),
-                    None => Err(invalid(format!("there is no disk {id:?}"))),
-                };
-                each.iter().map(|(id, DiskPolicy::After)| find(id)).collect()
+                for (id, policy) in each {
+                    match disks.iter().find(|disk| disk.id == *id) {
+                        Some(disk) if disk.read_only => {
+                            return Err(invalid(format!("disk {id:?} is read-only, and not moved")));
+                        }
+                        Some(disk) => moving.add(disk, *policy),
+                        None => return Err(invalid(format!("there is no disk {id:?}"))),
+                    }
+                }
             }
         }
+        Ok(moving)
     }
 
     /// Asks the target of a migration in doubt, if it is time.

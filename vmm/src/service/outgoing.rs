@@ -7,11 +7,12 @@ use crate::config::Disk;
 use crate::machine::Machine;
 use crate::migrate::address::{DIAL_WITHIN, Dialled, dial};
 use crate::migrate::leaving::Leaving;
-use crate::migrate::lending::{Lending, OnFree};
+use crate::migrate::lending::{Lending, OnFree, space_of};
 use crate::migrate::link::SocketCutter;
+use crate::migrate::mirror::Mirror;
 use crate::migrate::ownership::Ownership;
 use crate::seccomp::{self, ThreadKind};
-use control::{CodecChoice, CpuBudget, JobId, MigrationMode, PeerAddress, StartMigration};
+use control::{CodecChoice, CpuBudget, DiskPolicy, JobId, MigrationMode, PeerAddress, StartMigration};
 use migration::codec::block::{Packing, ZstdLevel};
 use migration::{
     CancelToken, Codecs, Cutter, Further, Goal, HostClock, HostError, InDoubt, Link, LinkError, MemoryPolicy, Mode,
@@ -23,6 +24,30 @@ use std::sync::mpsc::Sender;
 use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::{Duration, Instant};
+
+/// The disks that go along with a guest.
+#[derive(Debug, Default)]
+pub(crate) struct MovingDisks {
+    /// With its memory.
+    before: Vec<Disk>,
+    /// When it is there.
+    after: Vec<Disk>,
+}
+
+impl MovingDisks {
+    /// And this one.
+    pub(crate) fn add(&mut self, disk: &Disk, policy: DiskPolicy) {
+        match policy {
+            DiskPolicy::Before => self.before.push(disk.clone()),
+            DiskPolicy::After => self.after.push(disk.clone()),
+        }
+    }
+
+    /// How much space those take that go with memory, in bytes, as far as it is known.
+    pub(crate) fn space_before(&self) -> u64 {
+        self.before.iter().filter_map(|disk| space_of(disk.place.file()?)).sum()
+    }
+}
 
 /// How a migration out of here ended.
 #[derive(Debug)]
@@ -46,14 +71,14 @@ pub(crate) struct Outgoing {
 }
 
 impl Outgoing {
-    /// Gives `machine` to a thread that moves it as `request` says, and after it these disks; the end comes as
+    /// Gives `machine` to a thread that moves it as `request` says, and these disks with it; the end comes as
     /// [`Message::Left`]. If the host has no thread, the machine comes back at once.
     pub(crate) fn start(
         machine: Box<Machine>,
         request: &StartMigration,
         job: JobId,
         ownership: Ownership,
-        disks: Vec<Disk>,
+        disks: MovingDisks,
         board: Board,
         inbox: Sender<Message>,
     ) -> Result<Self, (Box<Machine>, io::Error)> {
@@ -117,8 +142,7 @@ struct Journey {
     to: PeerAddress,
     congestion: Option<String>,
     ownership: Ownership,
-    /// Those that go after the machine.
-    disks: Vec<Disk>,
+    disks: MovingDisks,
     inbox: Sender<Message>,
     cancel: CancelToken,
     cutter: Arc<OnceLock<SocketCutter>>,
@@ -136,7 +160,13 @@ impl Journey {
             // Who has ended meanwhile lends nothing.
             let _ = inbox.send(Message::DiskFree);
         });
-        let lending = (!disks.is_empty()).then(|| Lending::start(&disks, here, ownership.folder(), &on_free));
+        let MovingDisks { before, after } = disks;
+        let ids = |disks: &[Disk]| disks.iter().map(|disk| disk.id.clone()).collect::<Vec<_>>();
+        let mirror = match Mirror::open(&machine, &ids(&before), &ids(&after)) {
+            Ok(mirror) => mirror,
+            Err(error) => return Departure::NotBegun(machine, error.into()),
+        };
+        let lending = (!after.is_empty()).then(|| Lending::start(&after, here, ownership.folder(), &on_free));
         let lending = match lending.transpose() {
             Ok(lending) => lending.map(Arc::new),
             Err(error) => return Departure::NotBegun(machine, error.into()),
@@ -151,7 +181,7 @@ impl Journey {
             Err(error) => Err(LinkError::Io(io::Error::other(error))),
         };
         let further = Further { dial: &mut dial_again, thread: &|| seccomp::enter(ThreadKind::MigrateStream) };
-        let leaving = Leaving::new(*machine, ownership, to, lending.clone());
+        let leaving = Leaving::new(*machine, ownership, to, mirror, lending.clone());
         Departure::Decided(Box::new(source::run(leaving, &mut link, &plan, around, further)), lending)
     }
 }

@@ -7,6 +7,7 @@ use super::{Holding, Message, Service};
 use crate::config::{Boot, Disk, DiskPlace, Layer};
 use crate::machine::{DiskLocks, Machine, MachineError, Resources};
 use crate::migrate::ownership::Ownership;
+use crate::old_copy;
 use control::{ApiError, Code, MigrationStep, Phase, Pulsed, Refusal, Reply, Request, ResizeDisk, admit};
 use std::fs::File;
 use std::time::{Duration, Instant};
@@ -123,6 +124,7 @@ impl Service {
         let config = machine.config().clone();
         can_boot(&config.boot)?;
         can_reach(&config.disks)?;
+        config.disks.iter().try_for_each(old_copy::check).map_err(|error| failed(error.into()))?;
         self.end_measurement("The guest was reset");
         self.holding = Holding::Expected;
         // What the old machine still has to say of its end is not about the new one, which is not to be stopped either.

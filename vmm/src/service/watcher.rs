@@ -71,8 +71,8 @@ fn millis(ms: f64) -> control::Millis {
 
 fn round_info(round: &RoundReport) -> RoundInfo {
     let RoundReport { round, pages, zero_pages, kinds, bytes, ms, dirty_at_end, chosen } = *round;
-    let PageCounts { raw, zero, plain, rle, delta, copy, same } = kinds;
-    let kinds = RoundKinds { raw, zero, plain, rle, delta, copy, same };
+    let PageCounts { raw, zero, plain, rle, delta, copy, kept, same } = kinds;
+    let kinds = RoundKinds { raw, zero, plain, rle, delta, copy, kept, same };
     let codec = chosen.as_ref().map(round_codecs);
     RoundInfo { round, pages, zero_pages, bytes, duration_ms: millis(ms), kinds, dirty_pages: dirty_at_end, codec }
 }
@@ -310,7 +310,7 @@ mod tests {
     }
 
     fn report(role: Role) -> Report {
-        let kinds = PageCounts { raw: 1, zero: 4, plain: 1, rle: 1, delta: 1, copy: 1, same: 3 };
+        let kinds = PageCounts { raw: 1, zero: 4, plain: 1, rle: 1, delta: 1, copy: 1, kept: 2, same: 3 };
         let codecs = migration::Codecs { rle: true, packing: Packing::Lz4, ..migration::Codecs::ZERO };
         let chosen = Some(Chosen { codecs, why: Why::SlowLink, link_bytes_per_second: Some(1e9) });
         let round =
@@ -389,7 +389,7 @@ mod tests {
         assert_eq!(source.guest_cost, Some(cost));
         let cpu = CpuTimes { source_ms: Some(millis(3.5)), target_ms: Some(millis(2.5)) };
         assert_eq!((source.streams, source.cpu), (Some(4), Some(cpu)));
-        let kinds = RoundKinds { raw: 1, zero: 4, plain: 1, rle: 1, delta: 1, copy: 1, same: 3 };
+        let kinds = RoundKinds { raw: 1, zero: 4, plain: 1, rle: 1, delta: 1, copy: 1, kept: 2, same: 3 };
         assert_eq!(source.rounds[0].kinds, kinds);
         let codec = source.rounds[0].codec.unwrap();
         assert_eq!((codec.codecs.to_string().as_str(), codec.why), ("rle,lz4", CodecReason::SlowLink));

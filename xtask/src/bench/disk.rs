@@ -38,7 +38,7 @@ pub(super) struct Options {
 enum Part {
     /// What does a request cost?
     Requests,
-    /// How does a disk come after its guest?
+    /// How does a disk go along with its guest?
     Relocation,
 }
 
@@ -51,6 +51,8 @@ const CONTENT_MIB: u64 = 256;
 const WAY: Link = Link::Gigabit16Ms;
 const ROUND_TRIP_MS: f64 = 16.0;
 const TRANSFER_MS: f64 = 0.53;
+/// What it carries, in 10^6 bytes a second.
+const LINK_MB_S: f64 = 125.0;
 
 /// All that was measured.
 #[derive(Debug, Default)]
@@ -122,7 +124,8 @@ fn request_table(cells: &[Cell]) -> String {
 }
 
 fn relocation_table(relocation: &Relocation) -> String {
-    let Relocation { link, memory_ms, with_disk_ms, rest_ms, rest_mb_s, read_ms } = relocation;
+    let Relocation { link, memory_ms, memory_downtime_ms, before_ms, before_downtime_ms, before_mb_s, .. } = relocation;
+    let Relocation { with_disk_ms, rest_ms, rest_mb_s, read_ms, .. } = relocation;
     let title = format!("relocation, {link}");
     let heads = [&title, "median", "least", "most"].map(str::to_owned);
     let line = |what: &str, summary: &Summary| {
@@ -131,6 +134,10 @@ fn relocation_table(relocation: &Relocation) -> String {
     };
     let lines = [
         line("memory alone, ms", memory_ms),
+        line("downtime then, ms", memory_downtime_ms),
+        line("with the disk before the guest, ms", before_ms),
+        line("downtime then, ms", before_downtime_ms),
+        line("bytes that went then, MB/s", before_mb_s),
         line("with the disk after it, until the guest runs, ms", with_disk_ms),
         line("from then until all of it is there, ms", rest_ms),
         line("data that came then, MB/s", rest_mb_s),
@@ -149,6 +156,11 @@ fn rows(measured: &Measured) -> Vec<Row> {
             "device model on the host: 4 KiB reads per second of a core, from page cache",
             Some(500_000.0),
             best.reduce(f64::max),
+        ),
+        Row::at_least(
+            "1 Gbit/s, 16 ms: bytes per second with the disk before the guest, as a share of the link's",
+            Some(0.85),
+            relocation.map(|relocation| relocation.before_mb_s.median / LINK_MB_S),
         ),
         Row::at_most(
             "1 Gbit/s, 16 ms: until the guest runs, with its disk after it, against memory alone",

@@ -16,7 +16,7 @@ use crate::digest::TranscriptDigest;
 use crate::guest::{Claim, GuestPages};
 use crate::link::{Link, LinkError};
 use crate::progress::{Moved, Observer, Phase, Progress};
-use crate::region::RamRegion;
+use crate::region::{PageRun, Region};
 use crate::report::{CpuReport, Ending, PhaseReport, Report, Role, RoundReport, ms, per_second};
 use crate::wire::{Frame, Kind, MAX_REPORT, Mode, RoundEnd, Running, Transfer};
 use std::time::Duration;
@@ -28,7 +28,7 @@ const LAST_WORDS: Duration = Duration::from_secs(1);
 /// What the target may answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Answer {
-    Accept { claims: Uuid, transfer: Transfer },
+    Accept { claims: Uuid, transfer: Transfer, old: u64 },
     Ready,
     Running(Running),
     Verdict(Claim),
@@ -122,14 +122,17 @@ impl<'a, L: Link> Drive<'a, L> {
         self.account.vm = vm;
     }
 
-    /// Notes how the guest's memory gets to the target, and gets ready to send its pages if they are to be sent.
-    pub(super) fn memory_goes(&mut self, transfer: Transfer, regions: &[RamRegion]) {
+    /// Notes how the guest's memory gets to the target, and gets ready to send its pages if they are to be sent. Of the
+    /// regions of `old`, a bit for each, the target says that it has an old copy.
+    pub(super) fn memory_goes(&mut self, transfer: Transfer, regions: &[Region], old: u64) {
         self.account.transfer = transfer;
         match transfer {
             Transfer::Passed => {}
             Transfer::Copied => {
-                let pages: Vec<_> = regions.iter().map(|region| region.pages).collect();
-                self.streams.prepare(&pages, self.plan.delta_cache);
+                let pages: Vec<_> = regions.iter().map(Region::pages).collect();
+                let disks = (0..).zip(regions).filter(|(_, region)| matches!(region, Region::Disk { .. }));
+                let disks = disks.fold(0, |all, (disk, _)| all | 1 << disk);
+                self.streams.prepare(&pages, old & disks, self.plan.delta_cache);
             }
         }
     }
@@ -263,7 +266,7 @@ impl<'a, L: Link> Drive<'a, L> {
         let frame = self.channel.receive(&mut self.inbox)?;
         let found = frame.kind();
         match frame {
-            Frame::Accept { claims, transfer } => Ok(Some(Answer::Accept { claims, transfer })),
+            Frame::Accept { claims, transfer, old } => Ok(Some(Answer::Accept { claims, transfer, old })),
             Frame::Ready => Ok(Some(Answer::Ready)),
             Frame::Running(part) => Ok(Some(Answer::Running(part))),
             Frame::Verdict(claim) => Ok(Some(Answer::Verdict(claim))),
@@ -271,6 +274,14 @@ impl<'a, L: Link> Drive<'a, L> {
             Frame::Installed { round } => {
                 self.installed = self.installed.max(round);
                 Ok(None)
+            }
+            // Only of the first round anything may be lacking, and it is told before that is installed.
+            Frame::Lacks(runs) if self.streams.has_old() && self.installed == 0 => {
+                let mut ledger = self.streams.ledger.lock();
+                match runs.into_iter().find(|run| !ledger.put_back(*run)) {
+                    None => Ok(None),
+                    Some(PageRun { region, first, pages }) => Err(SourceError::NoSuchPages { region, first, pages }),
+                }
             }
             Frame::Refuse { reason } => Err(SourceError::Refused { reason: reason.to_owned() }),
             Frame::Abort { reason } => Err(SourceError::TargetGaveUp { reason: reason.to_owned() }),
@@ -282,7 +293,8 @@ impl<'a, L: Link> Drive<'a, L> {
             | Frame::Go
             | Frame::Query { .. }
             | Frame::Report(_)
-            | Frame::Join(_) => Err(SourceError::OutOfTurn { found, expected: Kind::Heartbeat }),
+            | Frame::Join(_)
+            | Frame::Lacks(_) => Err(SourceError::OutOfTurn { found, expected: Kind::Heartbeat }),
         }
     }
 

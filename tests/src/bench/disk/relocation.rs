@@ -1,5 +1,6 @@
-//! How a disk comes after its guest over 1 Gbit/s with a round trip of 16 ms, or the link that is asked for: what the move takes
-//! beside one of memory alone, how fast the rest comes, and how long who reads what is not here yet waits meanwhile.
+//! How a disk goes along with its guest over 1 Gbit/s with a round trip of 16 ms, or the link that is asked for. With its memory:
+//! how much of the link that uses. After it: what the move takes beside one of memory alone, how fast the rest comes, and how
+//! long who reads what is not here yet waits meanwhile.
 //!
 //! The guest of the moves is a micro guest, which has the disk and does not use it. The reads are made without a guest, on the
 //! disk's back end, by a thread at the target's end of the link, while another brings the rest and a third of what is done is
@@ -62,6 +63,14 @@ pub struct Relocation {
     pub link: Link,
     /// A move of memory alone, in milliseconds.
     pub memory_ms: Summary,
+    /// For how long its guest stood still then.
+    pub memory_downtime_ms: Summary,
+    /// A move with the disk before the guest, in milliseconds.
+    pub before_ms: Summary,
+    /// For how long the guest stood still then.
+    pub before_downtime_ms: Summary,
+    /// Bytes that went over the link then, in 10^6 a second.
+    pub before_mb_s: Summary,
     /// The same with the disk after it: until the guest runs at the target.
     pub with_disk_ms: Summary,
     /// From then until all of the disk is there, in milliseconds.
@@ -74,14 +83,22 @@ pub struct Relocation {
 
 /// Measures over `link`, so many times, in `work`.
 pub fn measure(programs: &Programs, link: Link, work: &Path, turns: usize) -> Result<Relocation> {
-    let [mut memory, mut with_disk, mut rest, mut rate, mut reads] = [const { Vec::new() }; 5];
+    let [mut memory, mut memory_downtime, mut with_disk, mut rest, mut rate, mut reads] = [const { Vec::new() }; 6];
+    let [mut before, mut before_downtime, mut before_rate] = [const { Vec::new() }; 3];
     let image = work.join("disk.raw");
     write_image(&image)?;
     for turn in 0..turns {
         let folder = work.join(turn.to_string());
         fs::create_dir_all(&folder)?;
         let stage = Stage { programs, wire: Wire::lay(link)?, image: &image, folder: &folder };
-        memory.push(stage.move_alone()?);
+        let alone = stage.move_alone()?;
+        memory.push(alone.total_ms);
+        memory_downtime.push(alone.downtime_ms);
+        let mirrored = stage.move_before()?;
+        before.push(mirrored.total_ms);
+        before_downtime.push(mirrored.downtime_ms);
+        #[expect(clippy::cast_precision_loss, reason = "a disk and memory are far below 2^53 bytes")]
+        before_rate.push(mirrored.bytes as f64 / 1e3 / mirrored.total_ms);
         let (took, came) = stage.move_with_disk()?;
         with_disk.push(took);
         rest.push(came.as_secs_f64() * 1e3);
@@ -93,6 +110,10 @@ pub fn measure(programs: &Programs, link: Link, work: &Path, turns: usize) -> Re
     Ok(Relocation {
         link,
         memory_ms: sum(memory)?,
+        memory_downtime_ms: sum(memory_downtime)?,
+        before_ms: sum(before)?,
+        before_downtime_ms: sum(before_downtime)?,
+        before_mb_s: sum(before_rate)?,
         with_disk_ms: sum(with_disk)?,
         rest_ms: sum(rest)?,
         rest_mb_s: sum(rate)?,
@@ -104,9 +125,10 @@ pub fn measure(programs: &Programs, link: Link, work: &Path, turns: usize) -> Re
 fn write_image(path: &Path) -> Result<()> {
     let file = File::create(path)?;
     file.set_len(LENGTH)?;
+    // No two pages are the same, and none can be made smaller.
     let mut chance = SplitMix(1);
-    let bytes: Vec<u8> = (0..STRETCH / 8).flat_map(|_| chance.next().to_le_bytes()).collect();
     for at in starts() {
+        let bytes: Vec<u8> = (0..STRETCH / 8).flat_map(|_| chance.next().to_le_bytes()).collect();
         file.write_all_at(&bytes, at)?;
     }
     Ok(())
@@ -116,6 +138,13 @@ fn write_image(path: &Path) -> Result<()> {
 fn starts() -> impl Iterator<Item = u64> {
     let stretches = DATA / STRETCH;
     (0..stretches).map(move |stretch| LENGTH / stretches * stretch / STRETCH * STRETCH)
+}
+
+/// A move, by the source's account.
+struct Moved {
+    total_ms: f64,
+    downtime_ms: f64,
+    bytes: u64,
 }
 
 struct Stage<'a> {
@@ -132,8 +161,8 @@ impl Stage<'_> {
         context.within(name, &format!("exec {}", self.wire.prefix(end).join(" ")))
     }
 
-    /// Moves a fresh guest; the milliseconds that took by the source's account, where it was, and where it is.
-    fn make_move(&self, name: &str, place: &Path, options: &[String]) -> Result<(f64, Godwit, Godwit)> {
+    /// Moves a fresh guest; what that took, where it was, and where it is.
+    fn make_move(&self, name: &str, place: &Path, options: &[String]) -> Result<(Moved, Godwit, Godwit)> {
         let disk = |path: &Path| format!("id=data,path={}", path.display());
         let (kernel, content) =
             (self.programs.kernel.display().to_string(), self.programs.content.display().to_string());
@@ -149,12 +178,26 @@ impl Stage<'_> {
         let asker =
             Context { godwit: self.programs.godwit.clone(), images: PathBuf::new(), work: self.folder.to_owned() };
         let status = order(&asker, &source, &target, options)?;
-        Ok((Duration::from(status.total_ms).as_secs_f64() * 1e3, source, target))
+        // The same file is the disk of the next guest.
+        let _ = fs::remove_file(self.image.with_extension("raw.godwit-old"));
+        let ms = |time| Duration::from(time).as_secs_f64() * 1e3;
+        let downtime = status.downtime_ms.context("The source does not tell of the downtime")?;
+        let moved =
+            Moved { total_ms: ms(status.total_ms), downtime_ms: ms(downtime), bytes: status.progress.bytes_sent };
+        Ok((moved, source, target))
     }
 
-    fn move_alone(&self) -> Result<f64> {
+    fn move_alone(&self) -> Result<Moved> {
         let (took, _source, target) = self.make_move("alone", self.image, &[])?;
         target.end()?;
+        Ok(took)
+    }
+
+    fn move_before(&self) -> Result<Moved> {
+        let place = self.folder.join("before.raw");
+        let (took, _source, target) = self.make_move("before", &place, &["--with-disks=before".to_owned()])?;
+        target.end()?;
+        fs::remove_file(place)?;
         Ok(took)
     }
 
@@ -168,7 +211,7 @@ impl Stage<'_> {
         let came = begun.elapsed();
         target.end()?;
         fs::remove_file(place)?;
-        Ok((took, came))
+        Ok((took.total_ms, came))
     }
 
     /// What was waited for each read of what was not there, in milliseconds.

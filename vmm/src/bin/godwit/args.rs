@@ -235,9 +235,10 @@ pub(crate) struct Migrate {
     /// Compare a digest of the whole memory at both ends while the guest is paused
     #[arg(long)]
     pub(crate) verify: bool,
-    /// Move disks along: after for all that the guest writes, or ID=after for one, with commas between. The guest runs at the
-    /// target at once, and its disks come after it
-    #[arg(long, value_name = "WHEN", default_value_t)]
+    /// Move disks along: before or after for all that the guest may write, or ID=before, ID=after for one, with commas between.
+    /// Before: they go with its memory, and the guest moves when all is there; so it is without a word. After: the guest runs at
+    /// the target at once, and they come after it
+    #[arg(long, value_name = "WHEN", num_args = 0..=1, default_value_t, default_missing_value = "before")]
     pub(crate) with_disks: WithDisks,
 }
 

@@ -37,7 +37,7 @@ impl Frame {
         let (pages, whole) = (self.pages().min(most), self.pages());
         let part = |count: &mut u64| *count = *count * pages / whole;
         let Measured { pages: counts, rle_bytes, delta_bytes, block, packed, bytes, .. } = &mut self.measured;
-        let PageCounts { raw, zero: _, plain, rle, delta, copy, same } = counts;
+        let PageCounts { raw, zero: _, plain, rle, delta, copy, kept: _, same } = counts;
         [raw, plain, rle, delta, copy, same, rle_bytes, delta_bytes, block, packed, bytes].into_iter().for_each(part);
         let Measured { pages_cpu, pack_cpu, send_cpu, send, between, queued_last, queued_after, .. } =
             &mut self.measured;
@@ -120,7 +120,7 @@ fn frame(line: &str) -> Frame {
     let [pages_cpu, pack_cpu, send_cpu, send, between] = [(); 5].map(|()| time(words));
     let [bytes, queued_last, queued_before, queued_after] = [(); 4].map(|()| next(words));
     let measured = Measured {
-        pages: PageCounts { raw, zero, plain, rle, delta, copy, same },
+        pages: PageCounts { raw, zero, plain, rle, delta, copy, kept: 0, same },
         rle_bytes,
         delta_bytes,
         block,
