@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! never backed ──► Zero        zero ──► Zero        nothing more to try ──► Raw, straight from guest memory or as read
+//! a disk of which the target has an old copy, in the first round ──► Kept
 //! else a copy of the page:  as last sent ──► nothing   little changed ──► Delta   few runs ──► Rle
 //!                           as another page ──► Copy   more runs ──► Rle
 //!                           else ──► Plain, or Raw if nothing has to remember the page

@@ -6,7 +6,9 @@
 //!    |  missing: claimed                                    ^
 //!    |------------------> Fetching: base -> local file -----|
 //!    |  another's claim                                     |
-//!    '------------------> Waiting ----(woken)--> begins anew
+//!    |------------------> Waiting ----(woken)--> begins anew
+//!    |  a short read, all missing, and a puller at work
+//!    '------------------> Reading: base -> completion
 //! ```
 //!
 //! A short read of what is all missing is answered by the base itself while a puller brings the rest, and that is asked to bring

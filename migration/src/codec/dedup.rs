@@ -172,7 +172,7 @@ impl Entry {
 
     fn page(&self) -> PageId {
         let region = (self.place >> PAGE_BITS) & ((1 << REGION_BITS) - 1);
-        let region = RegionId(u16::try_from(region).expect("4 bits fit in 16"));
+        let region = RegionId(u16::try_from(region).expect("the bits of a region fit in 16"));
         PageId { region, page: PageIndex(self.place & (MAX_REGION_PAGES - 1)) }
     }
 

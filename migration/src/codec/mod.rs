@@ -13,6 +13,7 @@
 //! | `Rle` | u16 length, body | [`rle`]: runs of equal words |
 //! | `Delta` | u16 length, body | [`delta`]: what changed since the page was last sent; [`delta_cache`] has that copy |
 //! | `Copy` | u64 | [`mod@reference`]: the target has these bytes in another page; [`dedup`] finds it |
+//! | `Kept` | 16 bytes for each 16 pages | [`kept`]: digests, where the target has an old copy of a disk |
 //!
 //! All numbers are little endian. Encoders append to a buffer that their caller uses again, allocate nothing per page, and
 //! decline what they cannot make clearly smaller. [`decode`] is the one way back. What it reads comes from a peer: nothing

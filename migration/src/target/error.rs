@@ -48,7 +48,7 @@ pub enum Fault {
         when: &'static str,
     },
     /// The source sent pages that the guest does not have.
-    #[error("The source sent {pages} pages from page {first} of memory region {region}, where the guest has none")]
+    #[error("The source sent {pages} pages from page {first} of region {region}, where the guest has none")]
     NoSuchPages {
         /// The region.
         region: RegionId,
@@ -67,7 +67,7 @@ pub enum Fault {
     #[error("The source sent pages that cannot be decoded")]
     Malformed(#[source] Malformed),
     /// The source refers to a page of the round that does not come.
-    #[error("The source refers to page {page} of memory region {region}, which does not come")]
+    #[error("The source refers to page {page} of region {region}, which does not come")]
     NoOriginal {
         /// The region.
         region: RegionId,
